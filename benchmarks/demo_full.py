@@ -1,0 +1,303 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Every arm of the demo over five seeds: ``make demo-full``.
+
+RPD, PPO alone and imitation alone with the same network, data and updates, at a fixed
+budget. A run that is in the results already is not repeated, so that an interrupted
+benchmark goes on where it was; ``--fresh`` starts over.
+
+    python -m benchmarks.demo_full
+    python -m benchmarks.demo_full --arms dense_rpd dense_ppo --seeds 0 1
+    python -m benchmarks.demo_full --table        # only print what is committed
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from examples.demo import DEMO, REPOSITORY, RESULTS, Arm, final_seeds, make_env, train
+from torchrl_rpd import set_learner_threads
+from torchrl_rpd.evaluation import Estimate, evaluate
+from torchrl_rpd.teachers import ScriptedTeacher
+
+PICTURE = REPOSITORY / "docs" / "images" / "demo_full.png"
+SEEDS = (0, 1, 2, 3, 4)
+
+SPARSE = replace(DEMO, reward="sparse")
+ARMS: dict[str, Arm] = {
+    "dense_rpd": DEMO,
+    "dense_imitation": replace(DEMO, algo="imitation"),
+    "dense_ppo": replace(DEMO, algo="ppo"),
+}
+# What each group shows, in the order of the tables.
+GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dense": (
+        "PickCube-v1, normalized_dense reward; the teacher sees the cube off by "
+        "N(0, 16 mm) in x and y, drawn per episode",
+        ("dense_rpd", "dense_imitation", "dense_ppo"),
+    ),
+}
+
+
+def run_one(name: str, seed: int) -> dict[str, Any]:
+    """Trains and evaluates one arm with one seed."""
+    set_learner_threads()
+    arm = ARMS[name]
+    env = make_env(arm)
+    seeds = final_seeds(seed)
+    teacher = None
+    if arm.algo != "ppo":
+        policy = ScriptedTeacher(arm.task, **arm.teacher)
+        teacher = evaluate(env, policy, episodes=200, seeds=seeds)
+    student, report = train(arm, seed, eval_env=env, progress_bar=False)
+    result = evaluate(env, student.actor, episodes=200, seeds=seeds)
+    return {
+        "seed": seed,
+        "student": asdict(result.success_once),
+        "student_at_end": asdict(result.success_at_end),
+        "length": result.length.mean,
+        "teacher": None if teacher is None else asdict(teacher.success_once),
+        **{("teacher_stats" if k == "teacher" else k): v for k, v in report.items()},
+    }
+
+
+def load(fresh: bool) -> dict[str, Any]:
+    """The results so far."""
+    if RESULTS.exists() and not fresh:
+        return json.loads(RESULTS.read_text())
+    return {"arms": {}}
+
+
+def save(results: dict[str, Any]) -> None:
+    """Writes the results beside the old ones and moves them in place."""
+    partial = RESULTS.with_suffix(".part")
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(RESULTS)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    packages = ("torch", "torchrl", "tensordict", "mani_skill", "sapien", "numpy")
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    from torchrl_rpd._threads import available_cpus
+
+    return {
+        "cpu": cpu,
+        "cores": available_cpus(),
+        "python": platform.python_version(),
+        "cuda": torch.cuda.is_available(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def student_t(n: int) -> float:
+    """97.5 % point of Student's t with ``n - 1`` degrees of freedom."""
+    points = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
+    if n not in points:
+        raise ValueError(f"No interval for {n} seeds; use one of {sorted(points)}.")
+    return points[n]
+
+
+def across_seeds(values: list[float]) -> str:
+    """Mean over the seeds and the t interval of the mean."""
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return f"{mean:.3f}"
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    half = student_t(n) * spread / math.sqrt(n)
+    return f"{mean:.3f} [{max(0.0, mean - half):.3f}, {min(1.0, mean + half):.3f}]"
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Markdown tables of all groups."""
+    lines = []
+    for title, names in GROUPS.values():
+        lines += [f"### {title}", ""]
+        lines += [
+            "| arm | steps | success: mean over seeds [95 % t interval] "
+            "| each seed (200 episodes) | its lowest 95 % bound "
+            "| share of minibatches with PPO on | teacher queries | seconds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        teachers: dict[int, dict[str, float]] = {}
+        for name in names:
+            runs = results["arms"].get(name, {}).get("runs", [])
+            if not runs:
+                continue
+            teachers |= {r["seed"]: r["teacher"] for r in runs if r["teacher"]}
+            shares = [r["student"]["mean"] for r in runs]
+            ppo = sum(r["ppo_active"] for r in runs) / len(runs)
+            queries = sum(r["teacher_stats"]["queries"] for r in runs) / len(runs)
+            seconds = sum(r["seconds"] for r in runs) / len(runs)
+            lines.append(
+                f"| {name} | {runs[0]['frames']:,} | {across_seeds(shares)} "
+                f"| {', '.join(f'{s:.3f}' for s in shares)} "
+                f"| {min(r['student']['low'] for r in runs):.3f} "
+                f"| {ppo:.2f} | {queries:,.0f} | {seconds:.0f} |"
+            )
+        if teachers:
+            shares = [t["mean"] for t in teachers.values()]
+            highest = max(t["high"] for t in teachers.values())
+            lines.append(
+                f"| teacher | | {across_seeds(shares)} "
+                f"| {', '.join(f'{s:.3f}' for s in shares)} "
+                f"| highest bound {highest:.3f} | | | |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, Any]) -> None:
+    """Curves of all groups: mean over the seeds, band from lowest to highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"rpd": "tab:blue", "imitation": "tab:orange", "ppo": "tab:gray"}
+    groups = {
+        key: (title, [n for n in names if results["arms"].get(n, {}).get("runs")])
+        for key, (title, names) in GROUPS.items()
+    }
+    groups = {key: value for key, value in groups.items() if value[1]}
+    columns = min(2, len(groups))
+    rows = -(-len(groups) // columns)
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(6.0 * columns, 3.8 * rows),
+        dpi=110,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[len(groups) :]:
+        ax.set_visible(False)
+    for ax, (title, names) in zip(axes.flat, groups.values(), strict=False):
+        for name in names:
+            arm, runs = ARMS[name], results["arms"][name]["runs"]
+            steps = [step / 1000 for step, _ in runs[0]["curve"]]
+            curves = [[value for _, value in run["curve"]] for run in runs]
+            points = list(zip(*curves, strict=True))
+            colour = colours[arm.algo]
+            ax.plot(
+                steps,
+                [sum(p) / len(p) for p in points],
+                color=colour,
+                label=f"{arm.algo.upper() if arm.algo != 'imitation' else 'imitation'}"
+                f"{'' if arm.algo == 'rpd' else ' alone'} ({len(runs)} seeds)",
+            )
+            low, high = [min(p) for p in points], [max(p) for p in points]
+            ax.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
+            if arm.algo == "rpd":
+                teacher = sum(r["teacher"]["mean"] for r in runs) / len(runs)
+                ax.axhline(teacher, color="tab:green", ls=":", label="teacher")
+        ax.set(
+            xlabel="environment steps (thousands)",
+            ylabel="success (deterministic)",
+            ylim=(-0.02, 1.02),
+        )
+        ax.set_title(title.replace("; ", ";\n"), fontsize=8)
+        ax.legend(fontsize=8)
+        ax.grid(alpha=0.3)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(PICTURE)
+    plt.close(fig)
+
+
+def run_all(names: list[str], seeds: list[int], jobs: int, fresh: bool) -> None:
+    """Runs what is missing, ``jobs`` processes at a time."""
+    results = load(fresh)
+    results["machine"] = machine()
+    results["command"] = "python -m benchmarks.demo_full"
+    todo = []
+    # Seed by seed, so that an early look sees every arm.
+    for seed in seeds:
+        for name in names:
+            arm = json.loads(json.dumps(asdict(ARMS[name])))
+            entry = results["arms"].setdefault(name, {"arm": arm, "runs": []})
+            if entry["arm"] != arm:
+                entry["arm"], entry["runs"] = arm, []
+            if seed not in [run["seed"] for run in entry["runs"]]:
+                todo.append((name, seed))
+    print(f"{len(todo)} runs to do, {jobs} at a time", flush=True)
+
+    def work(job: tuple[str, int]) -> None:
+        name, seed = job
+        start = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "run.json"
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.demo_full"]
+            command += ["--one", name, str(seed), str(file)]
+            done = subprocess.run(
+                command, cwd=REPOSITORY, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                print(f"{name} seed {seed} FAILED:\n{done.stderr[-2000:]}", flush=True)
+                return
+            run = json.loads(file.read_text())
+        runs = results["arms"][name]["runs"]
+        runs.append(run)
+        runs.sort(key=lambda r: r["seed"])
+        save(results)
+        success = Estimate(**run["student"])
+        print(
+            f"{name:<18} seed {seed}: {success}  {time.time() - start:.0f} s",
+            flush=True,
+        )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, todo))
+
+
+def main() -> None:
+    """Parses the arguments and runs."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--fresh", action="store_true", help="repeat all runs")
+    parser.add_argument("--table", action="store_true", help="print, run nothing")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        name, seed, file = args.one
+        Path(file).write_text(json.dumps(run_one(name, int(seed))))
+        return
+    if not args.table:
+        run_all(args.arms, args.seeds, args.jobs, args.fresh)
+    results = load(fresh=False)
+    if not results["arms"]:
+        parser.error(f"{RESULTS} does not exist; run without --table.")
+    text = tables(results)
+    print(text)
+    print(", ".join(f"{k} {v}" for k, v in results["machine"].items()))
+    RESULTS.with_suffix(".md").write_text(text)
+    picture(results)
+    print(f"wrote {RESULTS}, {RESULTS.with_suffix('.md').name} and {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()

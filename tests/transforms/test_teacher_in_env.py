@@ -1,0 +1,347 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The transform inside envs: who is asked when, and where the answer lands."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from counting_env import (
+    ACTION_DIM,
+    CountingEnv,
+    RecordingTeacher,
+    assert_labels_belong,
+    label_of,
+    make_worker,
+    make_worker_with_teacher,
+)
+from tensordict import TensorDictBase
+from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.data import Bounded, Categorical
+from torchrl.envs import (
+    Compose,
+    ParallelEnv,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+    check_env_specs,
+)
+
+from torchrl_rpd.transforms import TeacherActionTransform
+
+BATCHES = {
+    "[]": lambda: CountingEnv((3,), batch_size=[]),
+    "[1]": lambda: CountingEnv((3,)),
+    "[3]": lambda: CountingEnv((2, 3, 5)),
+    "[2, 3]": lambda: CountingEnv((2, 3, 5, 4, 2, 7), batch_size=[2, 3]),
+    "serial": lambda: SerialEnv(2, [make_worker, lambda: make_worker(2)]),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_collector_queries_every_stored_frame_once_plus_n(batch: str) -> None:
+    teacher = RecordingTeacher()
+    label = TeacherActionTransform(teacher)
+    env = TransformedEnv(BATCHES[batch](), label)
+    num_envs = env.batch_size.numel()
+    collector = Collector(
+        env, None, frames_per_batch=7 * num_envs, total_frames=42 * num_envs
+    )
+    stored = []
+    for i, frames in enumerate(collector, start=1):
+        assert_labels_belong(frames)
+        done, following = frames["next", "done"], frames["next"]
+        assert torch.equal(following["teacher_mask"], ~done)
+        expected = torch.where(done, 0.0, label_of(following["observation"]))
+        torch.testing.assert_close(following["teacher_action"], expected)
+        stored += [
+            tuple(map(int, row))
+            for row in frames["observation"].reshape(-1, 3).tolist()
+        ]
+        # one query per stored frame, and the roots of the next batch
+        assert len(teacher.asked) == len(stored) + num_envs
+        assert label.stats()["queries"] == 7 * num_envs * i + num_envs
+    assert i == 6
+    # no observation was asked about twice, and every stored one was
+    assert len(set(teacher.asked)) == len(teacher.asked)
+    assert set(stored) < set(teacher.asked)
+
+
+def test_parallel_env_inside() -> None:
+    teacher = RecordingTeacher()
+    label = TeacherActionTransform(teacher)
+    base = ParallelEnv(2, [make_worker, lambda: make_worker(2)], use_buffers=False)
+    env = TransformedEnv(base, label)
+    try:
+        frames = env.rollout(15, break_when_any_done=False)
+        assert frames.shape == (2, 2, 15)
+        assert_labels_belong(frames)
+        # Rows whose very last step ended an episode: nobody asked for the next root.
+        ended = int(frames["next", "done"][..., -1, :].sum())
+        assert len(teacher.asked) == 2 * 2 * 15 + 4 - ended
+    finally:
+        env.close(raise_if_closed=False)
+
+
+def test_terminal_rows_are_not_asked_about() -> None:
+    # Lengths 2 and 3 (+ 1 in odd episodes). By hand: the reset asks about both envs,
+    # and so does step 1; in step 2 env 0 ends, and its reset asks about it alone; in
+    # step 3 env 1 ends.
+    teacher = RecordingTeacher()
+    env = TransformedEnv(CountingEnv((2, 3)), TeacherActionTransform(teacher))
+    env.rollout(3, break_when_any_done=False)
+    calls = [[tuple(map(int, row)) for row in c.tolist()] for c in teacher.calls]
+    assert calls == [
+        [(0, 0, 0), (1, 0, 0)],
+        [(0, 0, 1), (1, 0, 1)],
+        [(1, 0, 2)],
+        [(0, 1, 0)],
+        [(0, 1, 1)],
+    ]
+
+
+def test_rows_that_stand_still_keep_their_label() -> None:
+    teacher = RecordingTeacher()
+    env = TransformedEnv(CountingEnv((4, 6)), TeacherActionTransform(teacher))
+    root = env.rand_action(env.reset())
+    root["_step"] = torch.tensor([[True], [False]])
+    following = env.step(root)["next"]
+    assert teacher.asked == [(0, 0, 0), (1, 0, 0), (0, 0, 1)]
+    expected = label_of(torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(following["teacher_action"], expected)
+    assert following["teacher_mask"].all()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_check_env_specs(batch: str) -> None:
+    env = TransformedEnv(
+        BATCHES[batch](),
+        Compose(
+            StepCounter(4),
+            RewardSum(),
+            TeacherActionTransform(RecordingTeacher()),
+        ),
+    )
+    check_env_specs(env)
+    spec = env.observation_spec
+    assert spec["teacher_action"].shape == (*env.batch_size, ACTION_DIM)
+    assert spec["teacher_action"].dtype == torch.float32
+    assert spec["teacher_mask"].shape == (*env.batch_size, 1)
+    assert spec["teacher_mask"].dtype == torch.bool
+
+
+def test_compose_with_step_counter_and_reward_sum() -> None:
+    teacher = RecordingTeacher()
+    chain = Compose(StepCounter(3), RewardSum(), TeacherActionTransform(teacher))
+    env = TransformedEnv(CountingEnv((9, 2)), chain)
+    frames = env.rollout(20, break_when_any_done=False)
+    assert_labels_belong(frames)
+    done = frames["next", "done"]
+    assert done[0, 2] and torch.equal(frames["next", "teacher_mask"], ~done)
+    assert frames["next", "episode_reward"].max() == 3
+
+
+def test_step_counter_after_the_transform_is_refused() -> None:
+    label = TeacherActionTransform(RecordingTeacher())
+    env = TransformedEnv(CountingEnv(), Compose(label, StepCounter(3)))
+    with pytest.raises(ValueError, match="Put the StepCounter first"):
+        env.reset()
+
+
+def test_nested_keys() -> None:
+    env = TransformedEnv(
+        CountingEnv(),
+        TeacherActionTransform(
+            RecordingTeacher(),
+            teacher_action_key=("teacher", "action"),
+            teacher_mask_key=("teacher", "mask"),
+        ),
+    )
+    check_env_specs(env)
+    frames = env.rollout(8, break_when_any_done=False)
+    torch.testing.assert_close(
+        frames["teacher", "action"], label_of(frames["observation"])
+    )
+    assert frames["teacher", "mask"].all()
+
+
+def test_enabled_in_an_env() -> None:
+    teacher = RecordingTeacher()
+    label = TeacherActionTransform(teacher)
+    env = TransformedEnv(CountingEnv(), label)
+    label.enabled = False
+    frames = env.rollout(6, break_when_any_done=False)
+    assert not teacher.calls
+    assert not frames["teacher_mask"].any() and not frames["teacher_action"].any()
+    assert frames["teacher_action"].shape == (3, 6, ACTION_DIM)
+    assert label.stats()["frames"] > 0 and label.stats()["queries"] == 0
+    label.enabled = True
+    assert_labels_belong(env.rollout(6, break_when_any_done=False))
+
+
+def test_switch_and_counters_survive_unwrapping() -> None:
+    # Wrapping a TransformedEnv again makes TorchRL clone its transforms.
+    teacher = RecordingTeacher()
+    label = TeacherActionTransform(teacher)
+    env = TransformedEnv(TransformedEnv(CountingEnv(), label), RewardSum())
+    assert env.transform[0] is not label
+    env.reset()
+    assert label.stats()["queries"] == 3
+    label.enabled = False
+    env.reset()
+    assert len(teacher.asked) == 3
+
+
+def test_native_autoreset_is_refused() -> None:
+    base = CountingEnv()
+    base._torchrl_native_autoreset = True
+    with pytest.raises(RuntimeError, match="native auto-reset"):
+        TransformedEnv(base, TeacherActionTransform(RecordingTeacher()))
+    with pytest.raises(RuntimeError, match="native auto-reset"):
+        TransformedEnv(base, Compose(TeacherActionTransform(RecordingTeacher())))
+    label = TeacherActionTransform(RecordingTeacher())
+    with pytest.raises(RuntimeError, match="native_autoreset=False"):
+        label._reset_on_native_autoreset(base.reset(), base.reset())
+
+
+def test_in_process_teacher_inside_workers_is_refused() -> None:
+    def make() -> TransformedEnv:
+        return TransformedEnv(make_worker(), TeacherActionTransform(RecordingTeacher()))
+
+    for batched in (SerialEnv, ParallelEnv):
+        with pytest.raises(RuntimeError, match="teacher_factory="):
+            batched(2, make)
+
+
+def test_factory_inside_serial_env() -> None:
+    env = SerialEnv(2, make_worker_with_teacher)
+    check_env_specs(env)
+    frames = env.rollout(12, break_when_any_done=False)
+    assert frames.shape == (2, 2, 12)
+    assert_labels_belong(frames)
+
+
+def test_factory_inside_parallel_env() -> None:
+    env = ParallelEnv(2, make_worker_with_teacher)
+    try:
+        assert_labels_belong(env.rollout(12, break_when_any_done=False))
+        asked = [stats["queries"] for stats in env.transform.stats()]
+        assert len(asked) == 2 and min(asked) >= 2 * 12
+        env.transform.set_enabled(False)
+        frames = env.rollout(4, break_when_any_done=False)
+        assert not frames["teacher_mask"].any()
+        assert [stats["queries"] for stats in env.transform.stats()] == asked
+    finally:
+        env.close(raise_if_closed=False)
+
+
+def test_factory_in_collector_workers() -> None:
+    collector = MultiSyncCollector(
+        [make_worker_with_teacher], None, frames_per_batch=20, total_frames=60
+    )
+    try:
+        for frames in collector:
+            assert_labels_belong(frames)
+    finally:
+        collector.shutdown()
+
+
+def test_the_switch_raises_where_it_cannot_reach() -> None:
+    import cloudpickle
+
+    label = TeacherActionTransform(teacher_factory=RecordingTeacher)
+    arrived = cloudpickle.loads(cloudpickle.dumps(label))
+    arrived.enabled = False  # the copy that travelled has a switch of its own
+    with pytest.raises(RuntimeError, match="set_enabled"):
+        label.enabled = False
+
+
+def test_a_clipped_label_uses_the_env_box() -> None:
+    # 0.7 and -0.2, doubled and shifted: 1.4 -> clipped to 1, -0.4; then one row inside.
+    raw = torch.tensor([[0.7, -0.2], [0.1, 0.2]])
+    label = TeacherActionTransform(lambda td: raw, action_transform=lambda a: 2 * a)
+    root = TransformedEnv(CountingEnv((3, 3)), label).reset()
+    expected = torch.tensor([[1.0, -0.4], [0.2, 0.4]])
+    torch.testing.assert_close(root["teacher_action"], expected)
+    assert label.stats()["clipped"] == 1
+
+    loose = TeacherActionTransform(
+        lambda td: raw, action_transform=lambda a: 2 * a, clip_labels=False
+    )
+    root = TransformedEnv(CountingEnv((3, 3)), loose).reset()
+    torch.testing.assert_close(root["teacher_action"], 2 * raw)
+    assert loose.stats()["clipped"] == 0
+
+
+def test_errors_about_the_action_spec() -> None:
+    def env_with(spec: object) -> TransformedEnv:
+        base = CountingEnv((2, 2))
+        base.action_spec = spec
+        return TransformedEnv(base, TeacherActionTransform(RecordingTeacher()))
+
+    with pytest.raises(TypeError, match="continuous action vectors"):
+        env_with(Categorical(4, shape=(2,))).observation_spec  # noqa: B018
+    low = torch.tensor([[-1.0, -1.0], [-2.0, -1.0]])
+    with pytest.raises(ValueError, match="different boxes"):
+        env_with(Bounded(low, -low)).observation_spec  # noqa: B018
+    base = CountingEnv((2, 2))
+    env = TransformedEnv(
+        base, TeacherActionTransform(RecordingTeacher(), action_key="torque")
+    )
+    with pytest.raises(KeyError, match="action_key="):
+        env.observation_spec  # noqa: B018
+
+
+def test_wrong_width_is_refused_in_an_env() -> None:
+    env = TransformedEnv(
+        CountingEnv((2, 2)), TeacherActionTransform(lambda td: torch.zeros(2, 7))
+    )
+    with pytest.raises(ValueError, match="actions of 7 entries; expected 2"):
+        env.reset()
+
+
+def test_global_rng_is_left_alone() -> None:
+    def build() -> Callable[[TensorDictBase], torch.Tensor]:
+        net = torch.nn.Linear(3, ACTION_DIM)  # draws weights
+        return lambda td: net(td["observation"])
+
+    env = TransformedEnv(
+        CountingEnv(), TeacherActionTransform(teacher_factory=build, query_fraction=0.5)
+    )
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    root = env.reset()
+    for _ in range(3):
+        root = env.step_and_maybe_reset(root.set("action", torch.zeros(3, 2)))[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_query_fraction_and_resume() -> None:
+    def make() -> TransformedEnv:
+        label = TeacherActionTransform(RecordingTeacher(), query_fraction=0.3, seed=5)
+        return TransformedEnv(CountingEnv((50,) * 40), label)
+
+    env = make()
+    frames = env.rollout(49)
+    share = frames["teacher_mask"].float().mean()
+    # 1960 draws: standard deviation sqrt(0.3 * 0.7 / 1960) = 0.010
+    assert abs(share - 0.3) < 0.05
+    expected = label_of(frames["observation"]) * frames["teacher_mask"]
+    torch.testing.assert_close(frames["teacher_action"], expected)
+    again = make()
+    assert torch.equal(again.rollout(49)["teacher_mask"], frames["teacher_mask"])
+
+    resumed = make()
+    resumed.load_state_dict(copy.deepcopy(env.state_dict()))
+    assert resumed.transform.stats() == env.transform.stats()
+    assert torch.equal(resumed.reset()["teacher_mask"], env.reset()["teacher_mask"])
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])

@@ -1,0 +1,9 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""ManiSkill3 environments for TorchRL."""
+
+from torchrl_rpd.envs.maniskill import ManiSkillEnv, ManiSkillWrapper
+
+__all__ = ["ManiSkillEnv", "ManiSkillWrapper"]

@@ -1,0 +1,155 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Closed-loop, memoryless controllers in ``pd_ee_delta_pose``, one per task.
+
+Each maps a :class:`~torchrl_rpd.teachers._layout.Scene` to ``[*B, 7]`` actions. Stages
+(approach, descend, act) are blended by smooth weights instead of switched: a student
+regresses to the mean of its labels, and a jump in the labels can leave it standing
+still on the border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchrl_rpd.teachers._layout import Scene
+
+__all__ = ["CONTROLLERS"]
+
+_UNIT = 0.1  # metres per step commanded by an action of 1
+# The arm realises 30 to 60 % of a commanded step (targets are relative to where it is),
+# so a gain above 1 still converges without overshoot.
+_GAIN = 1.5
+# The Panda's geometry in metres: its base; the height of the hand's centre at which the
+# wrist is level with the shoulder; the wrist's offset; the stretched arm (0.719 by the
+# drawing) less a margin.
+_BASE_X = -0.615
+_SHOULDER_Z = 0.123
+_WRIST = 0.088
+_STRETCH = 0.71
+
+
+def _ramp(x: Tensor, low: float, high: float) -> Tensor:
+    """0 below ``low``, 1 above ``high``, smooth (zero slope at both ends) between."""
+    t = ((x - low) / (high - low)).clamp(0.0, 1.0)
+    return t * t * (3.0 - 2.0 * t)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.square().sum(-1, keepdim=True).sqrt()
+
+
+def _towards(position: Tensor, target: Tensor) -> Tensor:
+    return (_GAIN / _UNIT * (target - position)).clamp(-1.0, 1.0)
+
+
+def _action(scene: Scene, position: Tensor, gripper: Tensor) -> Tensor:
+    """The 7 dimensions: position kept within reach, no rotation, gripper."""
+    wanted = scene.tcp + _UNIT * position
+    # Out of reach the inverse kinematics has no solution and the arm stands still for
+    # ever, so the command is shortened, towards the base, to what the stretched arm
+    # reaches with the hand pointing down.
+    radial = torch.cat([wanted[..., :1] - _BASE_X, wanted[..., 1:2]], -1)
+    drop = wanted[..., 2:] - _SHOULDER_Z
+    reach = _WRIST + (_STRETCH**2 - drop.square()).clamp_min(0.0).sqrt()
+    shrink = (reach / _norm(radial).clamp_min(1e-6)).clamp_max(1.0) - 1.0
+    inside = position[..., :2] + shrink * radial / _UNIT
+    position = torch.cat([inside, position[..., 2:]], -1).clamp(-1.0, 1.0)
+    return torch.cat([position, torch.zeros_like(position), gripper], -1)
+
+
+def _above(position: Tensor, height: Tensor) -> Tensor:
+    """``position`` raised by ``height`` (``[*B, 1]`` metres)."""
+    return torch.cat([position[..., :2], position[..., 2:] + height], -1)
+
+
+def _reach(scene: Scene) -> tuple[Tensor, Tensor]:
+    """Arm target and gripper command that bring the open hand around the cube.
+
+    The hand stays above the cube until the fingers clear its sides, and closes
+    as the tool centre comes within a few millimetres of the cube's centre.
+    """
+    away = _norm(scene.cube[..., :2] - scene.tcp[..., :2])
+    target = _above(scene.cube, 0.08 * _ramp(away, 0.008, 0.05))
+    distance = _norm(scene.cube - scene.tcp)
+    gripper = 2.0 * _ramp(distance, 0.008, 0.02) - 1.0
+    return target, gripper
+
+
+def pick_cube(scene: Scene) -> Tensor:
+    """Reach, close, then carry the cube to the goal and hold it there."""
+    assert scene.grasped is not None
+    target, gripper = _reach(scene)
+    reach = _action(scene, _towards(scene.tcp, target), gripper)
+    carry = _action(scene, _towards(scene.cube, scene.goal), -torch.ones_like(gripper))
+    return torch.where(scene.grasped > 0.5, carry, reach)
+
+
+def _slide(scene: Scene, sign: float) -> Tensor:
+    """Move the cube along x (``sign`` 1 away from the robot, -1 towards it).
+
+    The closed hand goes over the cube to its far side seen from the goal, comes
+    down, and sweeps until the cube's centre is on the goal's.
+    """
+    behind = sign * (scene.cube[..., :1] - scene.tcp[..., :1])
+    aside = (scene.cube[..., 1:2] - scene.tcp[..., 1:2]).abs()
+    height = scene.tcp[..., 2:] - scene.cube[..., 2:]
+    # half a cube, half a finger and 10 mm of air: clear of the cube's side
+    ready = scene.cube[..., :1] - sign * 0.045
+    final = scene.goal[..., :1] - sign * 0.03
+    in_line = (1.0 - _ramp(aside, 0.01, 0.025)) * (1.0 - _ramp(height, 0.012, 0.035))
+    sweep = in_line * _ramp(behind, 0.0, 0.02)
+    x = ready + sweep * (final - ready)
+    lift = 0.06 * (1.0 - _ramp(behind, 0.012, 0.03))
+    target = torch.cat([x, scene.cube[..., 1:2], scene.cube[..., 2:] + lift], -1)
+    # a cube that leaves the hand at full speed slides past the goal
+    slow = 1.0 - 0.5 * sweep
+    arm = _towards(scene.tcp, target)
+    arm = torch.cat([arm[..., :1].clamp(-slow, slow), arm[..., 1:]], -1)
+    return _action(scene, arm, -torch.ones_like(lift))
+
+
+def push_cube(scene: Scene) -> Tensor:
+    """Push the cube away from the robot onto the goal and stop there."""
+    return _slide(scene, 1.0)
+
+
+def pull_cube(scene: Scene) -> Tensor:
+    """Pull the cube towards the robot onto the goal and stop there."""
+    return _slide(scene, -1.0)
+
+
+def stack_cube(scene: Scene) -> Tensor:
+    """Reach and close, lift, carry over the goal, lower, open."""
+    target, gripper = _reach(scene)
+    reach = _towards(scene.tcp, target)
+    # The state does not say whether the cube is held: it is, when the fingers are
+    # less than open and the cube is between them.
+    fingers = scene.fingers.mean(-1, keepdim=True)
+    between = 1.0 - _ramp(_norm(scene.cube - scene.tcp), 0.014, 0.024)
+    held = between * (1.0 - _ramp(fingers, 0.030, 0.036))
+    away = _norm(scene.goal[..., :2] - scene.cube[..., :2])
+    above = scene.cube[..., 2:] - scene.goal[..., 2:]
+    # sideways only at a height at which the other cube is out of the way
+    free = torch.maximum(_ramp(above, -0.02, 0.005), 1.0 - _ramp(away, 0.01, 0.02))
+    carry = _towards(scene.cube, _above(scene.goal, 0.04 * _ramp(away, 0.008, 0.03)))
+    carry = torch.cat([free * carry[..., :2], carry[..., 2:]], -1)
+    placed = (1.0 - _ramp(away, 0.015, 0.025)) * (
+        1.0 - _ramp(above.abs(), 0.003, 0.005)
+    )
+    arm = (1.0 - placed) * (reach + held * (carry - reach))
+    gripper = gripper + held * (-1.0 - gripper)
+    return _action(scene, arm, gripper + placed * (1.0 - gripper))
+
+
+CONTROLLERS: dict[str, Callable[[Scene], Tensor]] = {
+    "PushCube-v1": push_cube,
+    "PullCube-v1": pull_cube,
+    "PickCube-v1": pick_cube,
+    "StackCube-v1": stack_cube,
+}

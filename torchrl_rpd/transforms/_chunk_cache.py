@@ -1,0 +1,114 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Remembers, per environment, the action chunk that a teacher is in the middle of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class ChunkCache:
+    """One action chunk and one position in it for every environment of a batch.
+
+    A row is due for a new query when its chunk has been used for ``interval`` steps, at
+    the start of an episode, and whenever :meth:`invalidate` was called. Rows move on
+    their own: episodes may end and start anew in any pattern.
+
+    Args:
+        interval (int): how many actions of a chunk are used, at least 2.
+
+    Examples:
+        >>> cache = ChunkCache(2)
+        >>> rows = torch.tensor([0, 1])
+        >>> cache.start(rows, num_envs=2).tolist()  # both are due
+        [0, 1]
+        >>> cache.store(rows, torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]))
+        >>> cache.read(rows).squeeze(-1).tolist()
+        [1.0, 3.0]
+        >>> cache.advance(rows[:1], num_envs=2).tolist()  # env 0 has one action left
+        []
+        >>> cache.read(rows[:1]).squeeze(-1).tolist()
+        [2.0]
+    """
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets every chunk, and how many environments there are."""
+        self._chunks: torch.Tensor | None = None  # [N, interval, A]
+        self._position: torch.Tensor | None = None  # [N]; >= interval: due
+
+    def invalidate(self) -> None:
+        """Makes every row due."""
+        if self._position is not None:
+            self._position.fill_(self.interval)
+
+    def start(self, rows: torch.Tensor, num_envs: int) -> torch.Tensor:
+        """Begins new episodes in ``rows``; returns the rows that are due: all."""
+        self._positions(rows, num_envs)[rows] = self.interval
+        return rows
+
+    def advance(self, rows: torch.Tensor, num_envs: int) -> torch.Tensor:
+        """Moves ``rows`` on by one step; returns those of them that are due."""
+        position = self._positions(rows, num_envs)
+        position[rows] += 1
+        return rows[position[rows] >= self.interval]
+
+    def store(self, rows: torch.Tensor, chunks: torch.Tensor) -> None:
+        """Keeps new chunks ``[n, H, A]``, ``H`` at least ``interval``."""
+        if chunks.shape[1] < self.interval:
+            raise ValueError(
+                f"The teacher's chunks hold {chunks.shape[1]} actions, "
+                f"replan_interval={self.interval} needs at least as many."
+            )
+        assert self._position is not None
+        chunks = chunks[:, : self.interval]
+        if self._chunks is None:
+            self._chunks = chunks.new_zeros(
+                self._position.shape[0], *chunks.shape[1:], device=rows.device
+            )
+        self._chunks[rows] = chunks.to(self._chunks)
+        self._position[rows] = 0
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """The current action ``[n, A]`` of ``rows``."""
+        assert self._chunks is not None and self._position is not None
+        return self._chunks[rows, self._position[rows]]
+
+    def _positions(self, rows: torch.Tensor, num_envs: int) -> torch.Tensor:
+        if self._position is None:
+            self._position = torch.full(
+                (num_envs,), self.interval, dtype=torch.int64, device=rows.device
+            )
+        if self._position.shape[0] != num_envs:
+            raise RuntimeError(
+                f"replan_interval={self.interval} remembers {self._position.shape[0]} "
+                f"environments, but {num_envs} were stepped. An env whose batch size "
+                "changes from step to step needs replan_interval=1."
+            )
+        self._position = self._position.to(rows.device)
+        return self._position
+
+    def state(self) -> dict[str, Any]:
+        """The content, for a ``state_dict``."""
+        if self._chunks is None or self._position is None:
+            return {}
+        return {"chunks": self._chunks.clone(), "position": self._position.clone()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state` returned.
+
+        A cache already in use belongs to episodes that are under way, and those are not
+        the saved ones: its rows are only made due, so that no label can be stale.
+        """
+        if self._position is not None:
+            self.invalidate()
+        elif state:
+            self._chunks = state["chunks"].clone()
+            self._position = state["position"].clone()

@@ -1,0 +1,88 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What a teacher was asked and what became of its answers."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+
+
+class TeacherStats(TypedDict):
+    """Counts since the start or the last reset of the counters."""
+
+    frames: int
+    queries: int
+    calls: int
+    labelled: int
+    clipped: int
+    non_finite: int
+    seconds: float
+
+
+class QueryStats:
+    """Counters of a :class:`~torchrl_rpd.transforms.TeacherActionTransform`.
+
+    Counts that depend on the labels themselves (clipped, not finite) are summed up on
+    the labels' device and read only by :meth:`read`, so that counting costs no
+    synchronisation with an accelerator in the steps between.
+
+    Examples:
+        >>> stats = QueryStats()
+        >>> finite = torch.tensor([True, True, False])
+        >>> stats.emit(finite, clipped=torch.tensor([True, False, False]))
+        >>> stats.read()["labelled"], stats.read()["clipped"]
+        (2, 1)
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Sets every counter to zero."""
+        self.frames = 0
+        self.queries = 0
+        self.calls = 0
+        self.seconds = 0.0
+        self._emitted = 0
+        self._finite: int | torch.Tensor = 0
+        self._clipped: int | torch.Tensor = 0
+
+    def emit(self, finite: torch.Tensor, clipped: torch.Tensor | None) -> None:
+        """Counts labels that were written.
+
+        Args:
+            finite (torch.Tensor): bool ``[n]``, the rows whose label is usable.
+            clipped (torch.Tensor, optional): bool ``[n]``, the usable rows of which an
+                entry was clipped.
+        """
+        self._emitted += finite.numel()
+        self._finite = self._finite + finite.sum()
+        if clipped is not None:
+            self._clipped = self._clipped + clipped.sum()
+
+    def read(self) -> TeacherStats:
+        """The counters as plain numbers."""
+        labelled = int(self._finite)
+        return TeacherStats(
+            frames=self.frames,
+            queries=self.queries,
+            calls=self.calls,
+            labelled=labelled,
+            clipped=int(self._clipped),
+            non_finite=self._emitted - labelled,
+            seconds=self.seconds,
+        )
+
+    def load(self, stats: TeacherStats) -> None:
+        """Continues from what :meth:`read` returned earlier."""
+        self.frames = stats["frames"]
+        self.queries = stats["queries"]
+        self.calls = stats["calls"]
+        self.seconds = stats["seconds"]
+        self._finite = stats["labelled"]
+        self._clipped = stats["clipped"]
+        self._emitted = stats["labelled"] + stats["non_finite"]

@@ -35,6 +35,7 @@ def _reason_to_skip(marker: str) -> str | None:
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before a fixture builds a simulation
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what this machine cannot run."""
     for marker in ("maniskill", "render", "gpu"):
@@ -52,6 +53,8 @@ def _seeds() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Closes with how many tests were skipped, and why."""
+    if terminalreporter.config.option.collectonly:
+        return
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")
         for report in terminalreporter.stats.get("skipped", [])

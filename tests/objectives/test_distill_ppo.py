@@ -16,6 +16,7 @@ from torchrl.modules import TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_rpd.objectives import DistillPPOLoss, distances
+from torchrl_rpd.objectives._student import gate
 
 RELEASED = {
     "loss_critic_type": "l2",
@@ -239,19 +240,15 @@ class TestCoefficientZero:
         for got, expected in zip(rpd_grads, ppo_grads, strict=True):
             same_bits(got, expected)
 
-    def test_gradient_of_negative_zero_survives(self, build, total):
-        # Clipped rows send zeros of either sign to the mean.
-        actor, critic = build.actor(), build.critic()
-        data = build.minibatch(actor)
-        data["action_log_prob"] += 10 * data["advantage"].squeeze(-1).sign()
-        seen = {}
-        for cls, extra in ((ClipPPOLoss, {}), (DistillPPOLoss, {"distill_coeff": 0})):
-            bias = actor[0].module[2].bias
-            out = cls(actor, critic, entropy_bonus=False, critic_coeff=0.0, **extra)(
-                data
-            )
-            (seen[cls],) = grads(total(out), [bias])
-        same_bits(seen[DistillPPOLoss], seen[ClipPPOLoss])
+    def test_the_gate_adds_no_bit_to_another_gradient(self):
+        # -0.0 + 0.0 is 0.0, so what the gate lets through must be -0.0.
+        x = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
+        ppo = torch.tensor([-0.0, 0.0, 1.0])
+        for label in (1.0, -1.0, math.nan):
+            gated = gate(x, torch.tensor(False))
+            same_bits(gated.detach(), x.detach())
+            (grad,) = grads((x * ppo).sum() + (gated - label).square().sum(), [x])
+            same_bits(grad, ppo)
 
     def test_no_more_host_synchronisations_than_clip_ppo(self, build):
         from torch.utils._python_dispatch import TorchDispatchMode

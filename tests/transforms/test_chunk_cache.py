@@ -13,7 +13,7 @@ import torch
 from counting_env import CountingEnv
 from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
-from torchrl.envs import SerialEnv, TransformedEnv, check_env_specs
+from torchrl.envs import EnvBase, SerialEnv, TransformedEnv, check_env_specs
 
 from torchrl_rpd.transforms import TeacherActionTransform
 
@@ -47,12 +47,12 @@ def expected_label(observation: torch.Tensor, interval: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch", [[4], [2, 2], "serial"])
+@pytest.mark.parametrize("batch", [[4], [2, 2], None], ids=["4", "2,2", "serial"])
 def test_labels_over_staggered_resets_and_batch_borders(
-    interval: int, batch: list[int] | str
+    interval: int, batch: list[int] | None
 ) -> None:
-    if batch == "serial":
-        base = SerialEnv(
+    if batch is None:
+        base: EnvBase = SerialEnv(
             2,
             [
                 lambda: CountingEnv(LENGTHS[:2]),
@@ -87,6 +87,20 @@ def test_specs_and_short_chunks() -> None:
     )
     with pytest.raises(ValueError, match="hold 2 actions, replan_interval=3"):
         env.reset()
+
+
+def test_envs_that_stand_still_keep_their_place() -> None:
+    label = TeacherActionTransform(Planner(), replan_interval=3)
+    env = TransformedEnv(CountingEnv((20, 20)), label)
+    root = env.reset()
+    for moves in ([1, 0], [1, 0], [1, 1], [0, 1], [1, 1]):
+        root["action"] = torch.zeros(2, 2)
+        root["_step"] = torch.tensor(moves, dtype=torch.bool).unsqueeze(-1)
+        following = env.step(root)["next"]
+        expected = expected_label(following["observation"], 3)
+        torch.testing.assert_close(following["teacher_action"], expected)
+        root = following.exclude("reward")
+    assert following["observation"][:, 2].tolist() == [4.0, 3.0]
 
 
 def test_switching_off_and_on_never_gives_an_old_plan() -> None:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -116,6 +116,28 @@ def test_rows_that_stand_still_keep_their_label() -> None:
     expected = label_of(torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
     torch.testing.assert_close(following["teacher_action"], expected)
     assert following["teacher_mask"].all()
+
+
+@pytest.mark.parametrize("replan_interval", [1, 2])
+def test_rollout_until_all_are_done(replan_interval: int) -> None:
+    # TorchRL lets envs stand still there that are done before the others.
+    def teacher(td: TensorDictBase) -> TensorDictBase:
+        chunk = label_of(td["observation"]).unsqueeze(1).expand(-1, 2, -1)
+        return td.set(("vla_action", "chunk"), chunk)
+
+    label = TeacherActionTransform(teacher, replan_interval=replan_interval)
+    env = TransformedEnv(CountingEnv((2, 5, 3)), label)
+    frames = env.rollout(
+        10, break_when_any_done=False, break_when_all_done=True, auto_reset=True
+    )
+    assert frames.shape == (3, 5)
+    live = ~frames["done"]
+    assert torch.equal(frames["teacher_mask"], live)
+    asked_at = frames["observation"].clone()
+    asked_at[..., 2] -= asked_at[..., 2] % replan_interval
+    expected = torch.where(live, label_of(asked_at), 0.0)
+    torch.testing.assert_close(frames["teacher_action"], expected)
+    assert label.stats()["labelled"] == 2 + 5 + 3
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -279,6 +301,18 @@ def test_a_clipped_label_uses_the_env_box() -> None:
     assert loose.stats()["clipped"] == 0
 
 
+def test_the_box_is_that_of_the_env_around_it() -> None:
+    def env_with(limit: float, label: TeacherActionTransform) -> TransformedEnv:
+        base = CountingEnv((2, 2))
+        base.action_spec = Bounded(-limit, limit, (2, ACTION_DIM))
+        return TransformedEnv(base, label)
+
+    label = TeacherActionTransform(lambda td: torch.full((2, 2), 9.0))
+    assert env_with(1.0, label).reset()["teacher_action"].max() == 1.0
+    label.reset_parent()
+    assert env_with(2.0, label).reset()["teacher_action"].max() == 2.0
+
+
 def test_errors_about_the_action_spec() -> None:
     def env_with(spec: object) -> TransformedEnv:
         base = CountingEnv((2, 2))
@@ -338,7 +372,10 @@ def test_query_fraction_and_resume() -> None:
     assert torch.equal(again.rollout(49)["teacher_mask"], frames["teacher_mask"])
 
     resumed = make()
-    resumed.load_state_dict(copy.deepcopy(env.state_dict()))
+    file = io.BytesIO()
+    torch.save(env.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.transform.stats() == env.transform.stats()
     assert torch.equal(resumed.reset()["teacher_mask"], env.reset()["teacher_mask"])
 

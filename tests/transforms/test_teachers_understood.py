@@ -120,9 +120,7 @@ def test_std_in_an_env() -> None:
     ("shape", "found"),
     [((4,), r"\[4\]"), ((3, 2), r"\[3, 2\]"), ((4, 3, 2), r"\[4, 3, 2\]")],
 )
-def test_wrong_shapes_say_what_was_found_and_expected(
-    shape: tuple[int, ...], found: str
-) -> None:
+def test_wrong_shapes_are_named(shape: tuple[int, ...], found: str) -> None:
     label = TeacherActionTransform(lambda td: torch.zeros(shape))
     with pytest.raises(
         ValueError, match=rf"shape {found} for 4 rows; expected .*\[4, A"
@@ -158,7 +156,8 @@ def test_exactly_one_teacher() -> None:
     with pytest.raises(TypeError, match="without arguments"):
         TeacherActionTransform(teacher_factory=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got list"):
-        TeacherActionTransform(teacher_factory=lambda: [])(frames())
+        label = TeacherActionTransform(teacher_factory=list)  # type: ignore[arg-type]
+        label(frames())
 
 
 def test_factory_is_called_once_and_late() -> None:
@@ -181,6 +180,11 @@ def test_factory_is_called_once_and_late() -> None:
 
 def teacher_net() -> TensorDictModule:
     return TensorDictModule(nn.Linear(3, 2), in_keys=["observation"], out_keys=["a"])
+
+
+def test_repr_names_the_teacher_and_builds_nothing() -> None:
+    text = repr(TeacherActionTransform(teacher_factory=RecordingTeacher))
+    assert "RecordingTeacher" in text and "teacher_action" in text
 
 
 def test_teacher_is_no_part_of_the_env() -> None:

@@ -85,12 +85,13 @@ def use_without_vulkan() -> None:
 
     Replaced, each for a reason:
 
-    * ``RenderMaterial``, whose constructor is what fails, and ``RenderTexture2D``, which
-      fails likewise for a robot description that names a texture. Four modules hold
-      the names: ``sapien.render`` (used by ManiSkill's tasks), ``sapien.pysapien.render``
-      (used by SAPIEN's actor builder, for default materials and type checks), SAPIEN's
-      URDF loader and ManiSkill's MJCF loader (robots). Nothing reads the stand-ins:
-      without a render backend the builders drop their visual records.
+    * ``RenderMaterial``, whose constructor is what fails, and ``RenderTexture2D``,
+      which fails likewise for a robot description that names a texture. Four modules
+      hold the names: ``sapien.render`` (used by ManiSkill's tasks),
+      ``sapien.pysapien.render`` (used by SAPIEN's actor builder for default materials
+      and type checks), SAPIEN's URDF loader and ManiSkill's MJCF loader (robots).
+      Nothing reads the stand-ins: without a render backend the builders drop their
+      visual records.
     * the table of PushT-v1, see :func:`allow_push_t_without_rendering`.
     """
     # By name: star imports in these packages break `import a.b.c as d`.

@@ -341,7 +341,6 @@ class TeacherActionTransform(Transform):
     def set_container(self, container: Any) -> None:
         """Enters an env or a Compose; refuses envs with native auto-reset."""
         super().set_container(container)
-        self._env_box = None
         env = self._env()
         if env is not None and env.__dict__.get("_torchrl_native_autoreset", False):
             _refuse_native_autoreset()
@@ -561,6 +560,13 @@ class TeacherActionTransform(Transform):
                     "terminal observations. Put the StepCounter first."
                 )
             after = after or transform is self
+
+    def __repr__(self) -> str:
+        keys = self.in_keys if self._in_keys_given else "those of the teacher"
+        return (
+            f"{type(self).__name__}({self._handle.name}, in_keys={keys}, "
+            f"out_keys={self.out_keys})"
+        )
 
     # ------------------------------------------------------------------ saving
     def get_extra_state(self) -> dict[str, Any]:

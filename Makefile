@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(FIND_L
 .PHONY: help install demo demo-full test test-all lint format clean
 
 help:
-	@sed -n 's/^#   //p; s/^# \(Variables\)/\n\1/p; s/^#      \( *[A-Z_]*=\)/    \1/p' Makefile
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 install: $(INSTALLED)
 
@@ -49,10 +49,10 @@ demo-full: $(INSTALLED)
 	@$(BIN)/python benchmarks/demo_full.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -rs -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -rfEs -m "not slow and not gpu"
 
 test-all: $(INSTALLED)
-	@$(BIN)/python -m pytest -rs
+	@$(BIN)/python -m pytest -rfEs
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import random
 from collections import Counter
+from collections.abc import Generator
 
 import numpy as np
 import pytest
@@ -51,8 +52,12 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after pytest's own summary
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter,
+) -> Generator[None, None, None]:
     """Closes with how many tests were skipped, and why."""
+    yield
     if terminalreporter.config.option.collectonly:
         return
     reasons = Counter(

@@ -379,7 +379,7 @@ class TestRefusals:
 
 
 def test_fast_grasp_gives_the_same_answers():
-    """Bit for bit, through steps with no, one and two fingers in contact."""
+    """Through steps with no, one and two fingers in contact."""
     from torchrl_rpd.envs._fast_grasp import use_fast_grasp
     from torchrl_rpd.teachers import ScriptedTeacher
 

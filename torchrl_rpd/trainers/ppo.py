@@ -54,7 +54,8 @@ def make_ppo_trainer(
       clears those of the first: this one gets its own.
     - The collector may hold a copy of the policy that differs from the loss's until the
       first update: the weights are sent once before the first batch.
-    - The warning that every construction emits is silenced.
+    - The warnings that every construction emits (of being experimental, and of its own
+      use of the older ``"optimizer"`` hook) are silenced.
 
     Keyword Args:
         collector (BaseCollector): collects ``[*B, T]`` batches.
@@ -84,8 +85,37 @@ def make_ppo_trainer(
     Examples:
         >>> import torch
         >>> from torchrl.collectors import Collector
-        >>> from torchrl.data.vla import ToyVLAEnv  # doctest: +SKIP
+        >>> from torchrl.envs import TransformedEnv
+        >>> from torchrl_rpd.envs import ManiSkillEnv
+        >>> from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
+        >>> from torchrl_rpd.students import mlp_actor_critic
+        >>> from torchrl_rpd.teachers import ScriptedTeacher
         >>> from torchrl_rpd.trainers import make_ppo_trainer
+        >>> from torchrl_rpd.transforms import TeacherActionTransform
+        >>> teacher = TeacherActionTransform(ScriptedTeacher("PushCube-v1"))
+        >>> env = TransformedEnv(ManiSkillEnv("PushCube-v1", num_envs=2), teacher)
+        >>> student = mlp_actor_critic(35, 7)
+        >>> loss = DistillPPOLoss(student.actor, student.critic)
+        >>> collector = Collector(
+        ...     env,
+        ...     student.actor,
+        ...     frames_per_batch=8,
+        ...     total_frames=16,
+        ...     auto_register_policy_transforms=False,
+        ... )
+        >>> trainer = make_ppo_trainer(
+        ...     collector=collector,
+        ...     loss_module=loss,
+        ...     optimizer=torch.optim.Adam(loss.parameters(), lr=3e-4),
+        ...     gae=FiniteHorizonGAE(gamma=0.8, lmbda=0.9, value_network=student.critic),
+        ...     total_frames=16,
+        ...     minibatch_size=4,
+        ...     num_epochs=2,
+        ...     progress_bar=False,
+        ... )
+        >>> trainer.train()
+        >>> trainer.collected_frames
+        16
     """
     fixed = {"optim_steps_per_batch", "add_gae", "replay_buffer", "clip_grad_norm"}
     if fixed & set(kwargs):
@@ -102,6 +132,7 @@ def make_ppo_trainer(
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*experimental/prototype.*")
+        warnings.filterwarnings("ignore", message=".*hook stage will be replaced.*")
         trainer = PPOTrainer(
             collector=collector,
             loss_module=loss_module,

@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """Resident memory over many resets: the slope must be flat.
 
-    python -m benchmarks.reset_memory
+python -m benchmarks.reset_memory
 """
 
 from __future__ import annotations

@@ -276,9 +276,7 @@ def main() -> None:
     print(f"    success {teacher.success_once}", flush=True)
 
     print(f"2/3 training RPD for {arm.frames:,} steps ...", flush=True)
-    student, report = train(
-        arm, args.seed, eval_env=eval_env, num_workers=args.workers
-    )
+    student, report = train(arm, args.seed, eval_env=eval_env, num_workers=args.workers)
 
     print("3/3 evaluating the student on the same 200 episodes ...", flush=True)
     result = evaluate(eval_env, student.actor, episodes=200, seeds=seeds)

@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """Evaluates a saved student on fresh episodes.
 
-    python examples/evaluate.py runs/demo --episodes 200 --seeds 3000000
+python examples/evaluate.py runs/demo --episodes 200 --seeds 3000000
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import math
 
 import pytest
 import torch
-from toy_envs import CoinEnv, ReachEnv
 from torchrl.data.vla import ACTION_CHUNK_KEY
 from torchrl.envs import TransformedEnv
+from toy_envs import CoinEnv, ReachEnv
 
 from torchrl_rpd.evaluation import Estimate, evaluate, quotas
 from torchrl_rpd.students import mlp_actor_critic

@@ -82,6 +82,17 @@ class EvaluationResult:
             ``episode_seed`` (int64): all of shape ``[n]``.
         seeds: the seed that the environment was given.
         seconds: wall-clock time.
+
+    Examples:
+        >>> from torchrl_rpd.envs import ManiSkillEnv
+        >>> from torchrl_rpd.evaluation import evaluate
+        >>> env = ManiSkillEnv("PushCube-v1", num_envs=2, max_episode_steps=3)
+        >>> idle = lambda td: env.full_action_spec["action"].zero()
+        >>> result = evaluate(env, idle, episodes=4, seeds=7)
+        >>> result.length.mean, result.success_once.n
+        (3.0, 4)
+        >>> result.episodes["episode_seed"][0]  # environment 0 starts with the seed
+        tensor(7)
     """
 
     success_once: Estimate

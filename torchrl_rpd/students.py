@@ -88,6 +88,14 @@ class ActorCritic:
         observation_norm: the running statistics shared by both, or None.
         config: the arguments of the builder, JSON-able.
         metadata: free text fields that are saved with the student.
+
+    Examples:
+        >>> from torchrl_rpd.students import mlp_actor_critic
+        >>> student = mlp_actor_critic(observation_dim=42, action_dim=7)
+        >>> student.actor.in_keys, student.critic.out_keys
+        (['observation'], ['state_value'])
+        >>> student.config["log_std_init"]
+        -0.5
     """
 
     actor: ProbabilisticActor

@@ -69,9 +69,7 @@ def test_bit_for_bit_maniskill(task, control_mode):
     )
     env.set_seed(11)
     rollout = env.rollout(3 * limit + 2, break_when_any_done=False)
-    plain = plain_env(
-        task, control_mode=control_mode, reward_mode="normalized_dense"
-    )
+    plain = plain_env(task, control_mode=control_mode, reward_mode="normalized_dense")
     for row in rollout:
         seeds = []
         for step in row:
@@ -140,12 +138,8 @@ def test_partial_reset_touches_only_its_rows_and_keeps_terminal_observations():
         4, break_when_any_done=False
     )[0]
     assert rollout["next", "done"].flatten().tolist() == [False, True, False, True]
-    assert torch.equal(
-        rollout["next", "observation"][0], rollout["observation"][1]
-    )
-    assert not torch.equal(
-        rollout["next", "observation"][1], rollout["observation"][2]
-    )
+    assert torch.equal(rollout["next", "observation"][0], rollout["observation"][1])
+    assert not torch.equal(rollout["next", "observation"][1], rollout["observation"][2])
 
 
 def test_seed_streams():
@@ -175,13 +169,13 @@ def test_seed_streams():
 def test_set_seed_acts_at_each_envs_next_reset():
     env = ManiSkillEnv("PushCube-v1", num_envs=2)
     env.set_seed(1)
-    env.reset()
+    td = env.reset()
     env.set_seed(9)
     mask = torch.tensor([[False], [True]])
-    td = env.reset(TensorDict({"_reset": mask}, batch_size=[2]))
+    td = env.reset(td.set("_reset", mask))
     derived = int(np.random.RandomState(9).randint(2**31, size=(1,))[0])
     assert td["episode_seed"].flatten().tolist() == [1, derived]
-    td = env.reset(TensorDict({"_reset": ~mask}, batch_size=[2]))
+    td = env.reset(td.set("_reset", ~mask))
     assert td["episode_seed"].flatten().tolist() == [9, derived]
 
 

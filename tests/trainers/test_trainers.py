@@ -11,10 +11,10 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
-from toy_envs import ReachEnv
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, StepCounter, TransformedEnv
 from torchrl.trainers.algorithms import PPOTrainer
+from toy_envs import ReachEnv
 
 from torchrl_rpd.evaluation import evaluate
 from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
@@ -65,9 +65,7 @@ class Run:
             auto_register_policy_transforms=False,
         )
         self.gae_calls = 0
-        gae = FiniteHorizonGAE(
-            gamma=0.9, lmbda=0.9, value_network=self.student.critic
-        )
+        gae = FiniteHorizonGAE(gamma=0.9, lmbda=0.9, value_network=self.student.critic)
 
         def counted(td):
             self.gae_calls += 1

@@ -97,9 +97,7 @@ def _impulses(contacts: list[Any], fingers: list[Any], target: Any) -> list[np.n
 def _y_axis(q: np.ndarray) -> np.ndarray:
     """Second column of the rotation matrix of a unit quaternion (real part first)."""
     w, x, y, z = q.tolist()
-    return np.array(
-        [2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)]
-    )
+    return np.array([2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)])
 
 
 def _presses(

@@ -90,7 +90,9 @@ class ManiSkillWrapper(_EnvWrapper):
       (time limit) and ``done`` ``[N, 1]`` bool.
     - ``success`` and, where the task has it, ``fail`` ``[N, 1]`` bool.
     - ``episode_seed`` ``[N, 1]`` int64: ``reset(seed=this)`` of plain ManiSkill gives
-      this episode again, bit for bit.
+      this episode again. An environment that plays the same episodes with the same
+      actions agrees bit for bit; PhysX keeps a trace of earlier contacts, so that a
+      *fresh* environment may differ by rounding from the first contact on.
 
     Resets follow TorchRL's ``"_reset"`` mask; the terminal observation of an episode
     stays in ``("next", "observation")``. Every reset passes an explicit seed, drawn from
@@ -127,16 +129,16 @@ class ManiSkillWrapper(_EnvWrapper):
 
     git_url = "https://github.com/haosulab/ManiSkill"
     libname = "mani_skill"
-    _lib = None
+    is_closed: bool
 
     @_classproperty
-    def lib(cls) -> Any:  # noqa: N805
+    def lib(cls) -> Any:
         """The ``mani_skill`` package."""
         _require_mani_skill()
         return importlib.import_module("mani_skill")
 
     @_classproperty
-    def available_envs(cls) -> list[str]:  # noqa: N805
+    def available_envs(cls) -> list[str]:
         """The ids of the registered ManiSkill tasks."""
         if not _has_mani_skill:
             return []
@@ -243,7 +245,7 @@ class ManiSkillWrapper(_EnvWrapper):
         self._current: dict[str, torch.Tensor] = {
             "observation": torch.cat([e._init_raw_obs for e in env]).float(),
             "episode_seed": torch.zeros(*shape, 1, dtype=torch.int64),
-            **{key: zeros for key in self._flags},
+            **dict.fromkeys(self._flags, zeros),
         }
 
     def _reset(
@@ -474,7 +476,7 @@ def _make(task_id: str, **kwargs: Any) -> Any:
 
     if not _vulkan.has_render_device():
         _vulkan.use_without_vulkan()
-    elif task_id == "PushT-v1":
+    else:
         _vulkan.allow_push_t_without_rendering()
     with warnings.catch_warnings():
         # gymnasium warns of ManiSkill's batched spaces; the adapter reads the tensors.

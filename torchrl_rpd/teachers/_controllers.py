@@ -75,9 +75,9 @@ def _reach(scene: Scene) -> tuple[Tensor, Tensor]:
     as the tool centre comes within a few millimetres of the cube's centre.
     """
     away = _norm(scene.cube[..., :2] - scene.tcp[..., :2])
-    target = _above(scene.cube, 0.08 * _ramp(away, 0.008, 0.05))
+    target = _above(scene.cube, 0.08 * _ramp(away, 0.018, 0.06))
     distance = _norm(scene.cube - scene.tcp)
-    gripper = 2.0 * _ramp(distance, 0.008, 0.02) - 1.0
+    gripper = 2.0 * _ramp(distance, 0.010, 0.024) - 1.0
     return target, gripper
 
 

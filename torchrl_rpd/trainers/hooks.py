@@ -51,6 +51,7 @@ class LogEpisodes(TrainerHookBase):
         self.length_key = length_key
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Any]:
+        """Counts the episodes that end in ``[*B, T]`` frames."""
         after = batch.get("next")
         done = after.get("done")
         out: dict[str, Any] = {"train/episodes": int(done.sum())}
@@ -95,6 +96,7 @@ class LogTeacher(TrainerHookBase):
         self.transform = transform
 
     def __call__(self, batch: TensorDictBase | None) -> dict[str, Any]:
+        """Reads the counters; the batch is not used."""
         return {f"teacher/{k}": v for k, v in self.transform.stats().items()}
 
     def register(self, trainer: Trainer, name: str = "log_teacher") -> None:
@@ -175,6 +177,7 @@ class EvaluationHook(TrainerHookBase):
         }
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Any] | None:
+        """Evaluates when it is due."""
         frames = self._trainer.collected_frames
         if frames < self._next:
             return None
@@ -232,6 +235,7 @@ class ObservationNormUpdate(TrainerHookBase):
         self._trainer: Trainer | None = None
 
     def __call__(self, batch: TensorDictBase) -> None:
+        """Adds the frames of the batch."""
         self.norm.update(batch.get(self.observation_key))
         if self._trainer is not None:
             # The trainer has sent the weights to the collector before this hook runs.

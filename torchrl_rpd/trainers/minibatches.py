@@ -42,7 +42,8 @@ class OnPolicyMinibatches(TrainerHookBase):
         >>> from tensordict import TensorDict
         >>> from torchrl_rpd.trainers import OnPolicyMinibatches
         >>> data = OnPolicyMinibatches(lambda td: td, 4)
-        >>> batch = data.prepare(TensorDict(x=torch.arange(10).reshape(2, 5), batch_size=[2, 5]))
+        >>> frames = TensorDict(x=torch.arange(10).reshape(2, 5), batch_size=[2, 5])
+        >>> batch = data.prepare(frames)
         >>> [data.sample(batch).numel() for _ in range(3)]
         [4, 4, 2]
     """

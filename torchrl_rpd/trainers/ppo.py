@@ -150,9 +150,7 @@ def make_ppo_trainer(
     trainer._last_log = {}
     trainer._last_save = trainer._optim_count = trainer.collected_frames = 0
 
-    stepper = TargetKLStepper(
-        target_kl, rule=kl_rule, loss_components=loss_components
-    )
+    stepper = TargetKLStepper(target_kl, rule=kl_rule, loss_components=loss_components)
     trainer.optimization_stepper = stepper
     stepper.register(trainer)
     minibatches = OnPolicyMinibatches(

@@ -127,11 +127,13 @@ class DistillCoeffSchedule(TrainerHookBase):
             start_frames=self.start_frames,
             end_frames=self.end_frames,
         )
-        self.loss.distill_coeff = value
+        # A number is copied into the loss's buffer.
+        self.loss.distill_coeff = value  # type: ignore[assignment]
         if self.transform is not None and value == 0 and self.transform.enabled:
             self.transform.enabled = False
 
     def __call__(self) -> None:
+        """Sets the coefficient for the trainer's frames."""
         self.set(self._trainer.collected_frames)
 
     def register(self, trainer: Trainer, name: str = "distill_coeff_schedule") -> None:

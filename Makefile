@@ -46,7 +46,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
 
 demo-full: $(INSTALLED)
-	@$(BIN)/python benchmarks/demo_full.py
+	@$(BIN)/python -m benchmarks.demo_full
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -rfEs -m "not slow and not gpu"

@@ -58,20 +58,20 @@ class Arm:
     gamma: float = 0.8
     lmbda: float = 0.9
     bootstrap: str = "always"
-    log_std_init: float = -1.2
-    learning_rate: float = 3e-4
+    log_std_init: float = -1.5
+    learning_rate: float = 5e-4
     epochs: int = 8
-    minibatch_size: int = 50
-    target_kl: float = 0.2
-    kl_rule: str = "distill_only"
+    minibatch_size: int = 100
+    target_kl: float = 0.3
+    kl_rule: str = "adaptive_lr"  # both terms stay alive in every minibatch
     coeff: float = 2.0  # distillation coefficient at the start ...
-    coeff_end: float = 0.2  # ... and at the end
-    coeff_start_frames: int = 14_000
-    coeff_end_frames: int = 40_000
+    coeff_end: float = 1.0  # ... and at the end
+    coeff_start_frames: int = 40_000
+    coeff_end_frames: int = 80_000
     num_envs: int = 16
     steps_per_batch: int = 50
     eval_interval: int = 10_000  # frames between two points of the curve
-    eval_episodes: int = 32
+    eval_episodes: int = 16
 
 
 # The teacher's error: N(0, 16 mm) in x and y, drawn per episode.
@@ -176,7 +176,7 @@ def train(
         "frames": trainer.collected_frames,
         "seconds": time.perf_counter() - start,
         "eval_seconds": sum(result.seconds for _, result in curve.history),
-        "teacher": dict(teacher.stats()),
+        "teacher_stats": dict(teacher.stats()),
         "curve": [(f, r.success_once.mean) for f, r in curve.history],
         "ppo_active": mean(logged["ppo_active"]),
         "distill_active": mean(logged["distill_active"]),
@@ -196,15 +196,16 @@ def final_seeds(seed: int) -> int:
 
 def table(rows: list[tuple[str, EvaluationResult, dict[str, Any] | None]]) -> str:
     """One line per policy."""
+    over = f"success over {rows[0][1].success_once.n} episodes"
     lines = [
-        f"{'policy':<10}{'success over 200 episodes':>31}{'length':>8}"
+        f"{'policy':<10}{over:>31}{'length':>8}"
         f"{'steps':>10}{'teacher queries':>17}{'seconds':>9}"
     ]
     for name, result, report in rows:
         success = result.success_once
         cost = ["", "", ""]
         if report is not None:
-            queries = report["teacher"]["queries"]
+            queries = report["teacher_stats"]["queries"]
             cost = [f"{report['frames']:,}", f"{queries:,}", f"{report['seconds']:.0f}"]
         interval = f"{success.mean:.3f}  [{success.low:.3f}, {success.high:.3f}]"
         lines.append(
@@ -241,7 +242,9 @@ def picture(
     steps = [step / 1000 for step, _ in report["curve"]]
     curve = [value for _, value in report["curve"]]
     ax.plot([0, *steps], [0.0, *curve], color="tab:blue", marker="o", ms=3, label="RPD")
-    ax.plot(steps[-1], student, "*", color="tab:blue", ms=12, label="RPD, 200 episodes")
+    ax.plot(
+        steps[-1], student, "*", color="tab:blue", ms=12, label="RPD, final evaluation"
+    )
     ax.set(
         xlabel="environment steps (thousands)",
         ylabel="success, deterministic policy",
@@ -260,6 +263,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", type=int, default=DEMO.frames)
     parser.add_argument("--workers", type=int, default=2, help="simulator processes")
+    parser.add_argument("--episodes", type=int, default=200, help="to evaluate")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "demo")
     args = parser.parse_args()
 
@@ -268,18 +272,24 @@ def main() -> None:
     arm = Arm(**{**asdict(DEMO), "frames": args.frames})
     eval_env = make_env(arm, args.workers)
 
-    print(f"1/3 evaluating the teacher on 200 episodes of {arm.task} ...", flush=True)
+    print(
+        f"1/3 evaluating the teacher on {args.episodes} episodes of {arm.task} ...",
+        flush=True,
+    )
     seeds = final_seeds(args.seed)
     teacher = evaluate(
-        eval_env, ScriptedTeacher(arm.task, **arm.teacher), episodes=200, seeds=seeds
+        eval_env,
+        ScriptedTeacher(arm.task, **arm.teacher),
+        episodes=args.episodes,
+        seeds=seeds,
     )
     print(f"    success {teacher.success_once}", flush=True)
 
     print(f"2/3 training RPD for {arm.frames:,} steps ...", flush=True)
     student, report = train(arm, args.seed, eval_env=eval_env, num_workers=args.workers)
 
-    print("3/3 evaluating the student on the same 200 episodes ...", flush=True)
-    result = evaluate(eval_env, student.actor, episodes=200, seeds=seeds)
+    print("3/3 evaluating the student on the same episodes ...", flush=True)
+    result = evaluate(eval_env, student.actor, episodes=args.episodes, seeds=seeds)
     eval_env.close()
 
     text = table([("teacher", teacher, None), ("RPD", result, report)])

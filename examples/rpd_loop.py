@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--task", default="PushCube-v1")
     parser.add_argument("--frames", type=int, default=24_000)
     parser.add_argument("--coeff", type=float, default=2.0, help="distillation")
+    parser.add_argument("--episodes", type=int, default=100, help="to evaluate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     set_learner_threads()
@@ -119,7 +120,8 @@ def main() -> None:
 
     # 5. The student's mean action on episodes that it has not seen.
     env = ManiSkillEnv(args.task, num_envs=num_envs, reward_mode="sparse")
-    print(evaluate(env, student.actor, episodes=100, seeds=args.seed + 2_000_000))
+    seeds = args.seed + 2_000_000
+    print(evaluate(env, student.actor, episodes=args.episodes, seeds=seeds))
 
 
 if __name__ == "__main__":

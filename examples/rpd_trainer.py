@@ -49,6 +49,7 @@ def main() -> None:
         default="distill_only",
         choices=["stop", "distill_only", "adaptive_lr"],
     )
+    parser.add_argument("--episodes", type=int, default=200, help="to evaluate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/rpd_trainer"))
     args = parser.parse_args()
@@ -121,7 +122,7 @@ def main() -> None:
     ).register(trainer)
     trainer.train()
 
-    print(evaluate(eval_env, student.actor, episodes=200, seeds=2_000_000))
+    print(evaluate(eval_env, student.actor, episodes=args.episodes, seeds=2_000_000))
     print(f"teacher: {teacher.stats()}")
     print(f"logged scalars: {args.out}")
     eval_env.close()

@@ -64,10 +64,11 @@ class Arm:
     minibatch_size: int = 100
     target_kl: float = 0.3
     kl_rule: str = "adaptive_lr"  # both terms stay alive in every minibatch
+    anneal_from: float = 0.5  # share of the frames after which the rate falls to 0
     coeff: float = 2.0  # distillation coefficient at the start ...
     coeff_end: float = 1.0  # ... and at the end
     coeff_start_frames: int = 40_000
-    coeff_end_frames: int = 80_000
+    coeff_end_frames: int = 100_000
     num_envs: int = 16
     steps_per_batch: int = 50
     eval_interval: int = 10_000  # frames between two points of the curve
@@ -144,6 +145,7 @@ def train(
         num_epochs=arm.epochs,
         target_kl=arm.target_kl,
         kl_rule=arm.kl_rule,
+        anneal_from=arm.anneal_from,
         loss_components=["loss_distill"] if arm.algo == "imitation" else None,
         progress_bar=progress_bar,
     )

@@ -175,6 +175,34 @@ class TestTargetKL:
         # /1.5, in between, /1.5, floor, floor, then *1.5 up to where it started
         assert rates == [1.0, 1.0, 0.6667, 0.5, 0.5, 0.75, 1.125, 1.5]
 
+    @pytest.mark.parametrize("rule", ["stop", "adaptive_lr"])
+    def test_annealing_by_hand(self, rule):
+        """Half of the way: full; then a line to 0 at the end."""
+        stepper = TargetKLStepper(0.1, rule=rule, anneal_from=0.5)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+        rates = []
+        for progress in (0.2, 0.5, 0.75, 0.9, 1.0):
+            stepper._anneal(optimizer, progress)
+            rates.append(round(optimizer.param_groups[0]["lr"], 4))
+        assert rates == [2.0, 2.0, 1.0, 0.4, 0.0]
+
+    def test_annealing_bounds_what_adapts(self):
+        stepper = TargetKLStepper(0.1, rule="adaptive_lr", anneal_from=0.0)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+        stepper._anneal(optimizer, 0.5)  # bound 1.0
+        stepper._adapt(optimizer, 0.3)  # far: / 1.5
+        stepper._anneal(optimizer, 0.5)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2 / 3)
+        stepper._adapt(optimizer, 0.01)
+        stepper._adapt(optimizer, 0.01)  # near: * 1.5 twice
+        stepper._anneal(optimizer, 0.5)
+        assert optimizer.param_groups[0]["lr"] == 1.0
+
+    def test_learning_rate_ends_at_zero(self):
+        run = Run(batches=4, anneal_from=0.5)
+        run.trainer.train()
+        assert run.log("lr") == pytest.approx([3e-3, 3e-3, 1.5e-3, 0.0])
+
     def test_means_are_over_all_minibatches(self):
         run = Run(batches=1)
         seen = []
@@ -192,7 +220,11 @@ class TestTargetKL:
 
     @pytest.mark.parametrize(
         ("kwargs", "match"),
-        [({"rule": "none"}, "rule is"), ({"target_kl": 0.0}, "positive")],
+        [
+            ({"rule": "none"}, "rule is"),
+            ({"target_kl": 0.0}, "positive"),
+            ({"anneal_from": 1.0}, "anneal_from"),
+        ],
     )
     def test_refusals(self, kwargs, match):
         with pytest.raises(ValueError, match=match):

@@ -32,6 +32,7 @@ def make_ppo_trainer(
     clip_norm: float = 0.5,
     target_kl: float | None = 0.2,
     kl_rule: KLRule = "stop",
+    anneal_from: float | None = None,
     loss_components: Sequence[str] | None = None,
     drop_keys: Sequence[NestedKey] = (),
     **kwargs: Any,
@@ -68,6 +69,8 @@ def make_ppo_trainer(
         clip_norm (float): bound of the gradient's norm. Default: ``0.5``.
         target_kl (float, optional): in nats. Default: ``0.2``, the released code.
         kl_rule (str): ``"stop"`` (released), ``"distill_only"`` or ``"adaptive_lr"``.
+        anneal_from (float, optional): share of ``total_frames`` from which the learning
+            rate falls to 0. Default: never, the released code.
         loss_components (sequence of str, optional): the loss entries that count, see
             :class:`~torchrl_rpd.trainers.TargetKLStepper`. Default: all.
         drop_keys (sequence of NestedKey): entries that the loss does not read.
@@ -150,7 +153,12 @@ def make_ppo_trainer(
     trainer._last_log = {}
     trainer._last_save = trainer._optim_count = trainer.collected_frames = 0
 
-    stepper = TargetKLStepper(target_kl, rule=kl_rule, loss_components=loss_components)
+    stepper = TargetKLStepper(
+        target_kl,
+        rule=kl_rule,
+        anneal_from=anneal_from,
+        loss_components=loss_components,
+    )
     trainer.optimization_stepper = stepper
     stepper.register(trainer)
     minibatches = OnPolicyMinibatches(

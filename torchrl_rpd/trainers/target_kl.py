@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,10 @@ class TargetKLStepper(DefaultOptimizationStepper):
     Keyword Args:
         rule (str): one of the above. Default: ``"stop"``.
         min_lr (float): lower bound for ``"adaptive_lr"``. Default: ``1e-5``.
+        anneal_from (float, optional): share of the trainer's ``total_frames``, in
+            [0, 1), from which the upper bound of the learning rate falls linearly, to 0
+            at the end: the last updates settle instead of moving the student about.
+            Default: never.
         loss_components (sequence of str, optional): the loss entries that count.
             ``["loss_distill"]`` is imitation alone. Default: all ``"loss_*"``.
 
@@ -67,6 +71,7 @@ class TargetKLStepper(DefaultOptimizationStepper):
         *,
         rule: KLRule = "stop",
         min_lr: float = 1e-5,
+        anneal_from: float | None = None,
         loss_components: Sequence[str] | None = None,
     ) -> None:
         super().__init__(loss_components)
@@ -76,7 +81,10 @@ class TargetKLStepper(DefaultOptimizationStepper):
             )
         if target_kl is not None and target_kl <= 0:
             raise ValueError(f"target_kl is positive, got {target_kl}.")
+        if anneal_from is not None and not 0 <= anneal_from < 1:
+            raise ValueError(f"anneal_from lies in [0, 1), got {anneal_from}.")
         self.target_kl = target_kl
+        self.anneal_from = anneal_from
         self.rule = rule
         self.min_lr = min_lr
         self.stopped = False
@@ -109,6 +117,10 @@ class TargetKLStepper(DefaultOptimizationStepper):
             ppo = ppo and not (over and self.rule == "distill_only")
             if self.rule == "adaptive_lr":
                 self._adapt(trainer.optimizer, kl)
+        if self.anneal_from is not None:
+            self._anneal(
+                trainer.optimizer, trainer.collected_frames / trainer.total_frames
+            )
         loss = sum(
             value
             for key, value in losses.items()
@@ -130,12 +142,23 @@ class TargetKLStepper(DefaultOptimizationStepper):
             return key in self.loss_components
         return key.startswith("loss_")
 
-    def _adapt(self, optimizer: torch.optim.Optimizer, kl: float) -> None:
+    def _bounds(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, float]]:
         groups = optimizer.param_groups
         if self._max_lrs is None:
             self._max_lrs = [group["lr"] for group in groups]
+        return zip(groups, self._max_lrs, strict=True)
+
+    def _anneal(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        assert self.anneal_from is not None
+        left = min(1.0, max(0.0, (1 - progress) / (1 - self.anneal_from)))
+        for group, max_lr in self._bounds(optimizer):
+            bound = left * max_lr
+            adapts = self.target_kl is not None and self.rule == "adaptive_lr"
+            group["lr"] = min(group["lr"], bound) if adapts else bound
+
+    def _adapt(self, optimizer: torch.optim.Optimizer, kl: float) -> None:
         assert self.target_kl is not None
-        for group, max_lr in zip(groups, self._max_lrs, strict=True):
+        for group, max_lr in self._bounds(optimizer):
             if kl > 2 * self.target_kl:
                 group["lr"] = max(group["lr"] / 1.5, self.min_lr)
             elif kl < self.target_kl / 2:
@@ -152,7 +175,7 @@ class TargetKLStepper(DefaultOptimizationStepper):
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """The learning rates where ``"adaptive_lr"`` started."""
+        """The learning rates at the start, which bound the later ones."""
         return {"max_lrs": self._max_lrs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

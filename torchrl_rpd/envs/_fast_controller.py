@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from torchrl_rpd.envs._agent import keep_installed
+
 if TYPE_CHECKING:
     from mani_skill.envs.sapien_env import BaseEnv
 
@@ -57,18 +59,7 @@ def use_fast_controller(env: BaseEnv) -> None:
         ValueError: if the control mode or the simulation is not covered; the message
             says why.
     """
-    _install(env.agent)
-    if getattr(env._load_agent, "installs_fast_controller", False):
-        return
-    load_agent = env._load_agent
-
-    @functools.wraps(load_agent)
-    def load_and_install(*args: Any, **kwargs: Any) -> None:
-        load_agent(*args, **kwargs)
-        _install(env.agent)
-
-    load_and_install.installs_fast_controller = True  # type: ignore[attr-defined]
-    env._load_agent = load_and_install
+    keep_installed(env, _install)
 
 
 def _install(agent: Any) -> None:

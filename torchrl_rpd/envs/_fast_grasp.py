@@ -13,12 +13,13 @@ rounding (1e-6) of its threshold.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from torchrl_rpd.envs._agent import keep_installed
 
 if TYPE_CHECKING:
     from mani_skill.envs.sapien_env import BaseEnv
@@ -30,18 +31,7 @@ def use_fast_grasp(env: BaseEnv) -> None:
     Robots other than the Panda are left alone. It stays in place when ManiSkill rebuilds
     the robot.
     """
-    _install(env.agent)
-    if getattr(env._load_agent, "installs_fast_grasp", False):
-        return
-    load_agent = env._load_agent
-
-    @functools.wraps(load_agent)
-    def load_and_install(*args: Any, **kwargs: Any) -> None:
-        load_agent(*args, **kwargs)
-        _install(env.agent)
-
-    load_and_install.installs_fast_grasp = True  # type: ignore[attr-defined]
-    env._load_agent = load_and_install
+    keep_installed(env, _install)
 
 
 def _install(agent: Any) -> None:

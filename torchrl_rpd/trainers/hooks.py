@@ -15,10 +15,11 @@ from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_rpd.evaluation import EvaluationResult, evaluate
 from torchrl_rpd.students import RunningObservationNorm
+from torchrl_rpd.trainers._stateless import StatelessHook
 from torchrl_rpd.transforms import TeacherActionTransform
 
 
-class LogEpisodes(TrainerHookBase):
+class LogEpisodes(StatelessHook):
     """Logs the success rate and length of the episodes that end in each batch.
 
     Writes ``train/success_rate`` and ``train/episodes``, and ``train/episode_length``
@@ -69,27 +70,21 @@ class LogEpisodes(TrainerHookBase):
         trainer.register_op("pre_steps_log", self)
         trainer.register_module(name, self)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-
-class LogTeacher(TrainerHookBase):
+class LogTeacher(StatelessHook):
     """Logs the teacher's work so far: ``teacher/<counter>`` of the transform's stats.
 
     Args:
-        transform (TeacherActionTransform): whose counters are read.
+            transform (TeacherActionTransform): whose counters are read.
 
     Examples:
-        >>> import torch
-        >>> from torchrl_rpd.trainers import LogTeacher
-        >>> from torchrl_rpd.transforms import TeacherActionTransform
-        >>> transform = TeacherActionTransform(lambda td: torch.zeros(td.numel(), 7))
-        >>> LogTeacher(transform)(None)["teacher/queries"]
-        0
+            >>> import torch
+            >>> from torchrl_rpd.trainers import LogTeacher
+            >>> from torchrl_rpd.trainers._stateless import StatelessHook
+    from torchrl_rpd.transforms import TeacherActionTransform
+            >>> transform = TeacherActionTransform(lambda td: torch.zeros(td.numel(), 7))
+            >>> LogTeacher(transform)(None)["teacher/queries"]
+            0
     """
 
     def __init__(self, transform: TeacherActionTransform) -> None:
@@ -103,13 +98,6 @@ class LogTeacher(TrainerHookBase):
         """Registers at ``pre_steps_log``."""
         trainer.register_op("pre_steps_log", self)
         trainer.register_module(name, self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the counters live in the transform."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
 
 class EvaluationHook(TrainerHookBase):
@@ -199,7 +187,7 @@ class EvaluationHook(TrainerHookBase):
         self._next = state_dict["next"]
 
 
-class ObservationNormUpdate(TrainerHookBase):
+class ObservationNormUpdate(StatelessHook):
     """Adds each batch to the student's observation statistics, after its updates.
 
     Not before: the log-probabilities of the batch were taken with the statistics of its
@@ -248,10 +236,3 @@ class ObservationNormUpdate(TrainerHookBase):
         self._trainer = trainer
         trainer.register_op("post_steps_log", self)
         trainer.register_module(name, self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the statistics are buffers of the student."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore."""

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import (
@@ -15,12 +14,13 @@ from torchrl.data import (
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
 )
-from torchrl.trainers import Trainer, TrainerHookBase
+from torchrl.trainers import Trainer
 
+from torchrl_rpd.trainers._stateless import StatelessHook
 from torchrl_rpd.trainers.target_kl import TargetKLStepper
 
 
-class OnPolicyMinibatches(TrainerHookBase):
+class OnPolicyMinibatches(StatelessHook):
     """Prepares each collected batch for its epochs.
 
     The advantages are computed once per batch, with the critic that saw the rollout, and
@@ -107,10 +107,3 @@ class OnPolicyMinibatches(TrainerHookBase):
         trainer.register_op("batch_process", self.prepare)
         trainer.register_op("process_optim_batch", self.sample)
         trainer.register_module(name, self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the buffer holds on-policy data, collected anew after a resume."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore."""

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
-from torchrl.trainers import Trainer, TrainerHookBase
+from torchrl.trainers import Trainer
 
 from torchrl_rpd.objectives import DistillPPOLoss
+from torchrl_rpd.trainers._stateless import StatelessHook
 from torchrl_rpd.transforms import TeacherActionTransform
 
 ScheduleKind = Literal["constant", "linear", "cosine"]
@@ -54,37 +55,38 @@ def distill_coeff_at(
     return end + (init - end) * left
 
 
-class DistillCoeffSchedule(TrainerHookBase):
+class DistillCoeffSchedule(StatelessHook):
     """Sets ``loss.distill_coeff`` before the updates of each batch.
 
-    When the coefficient reaches 0 the teacher is switched off, too: it is not asked any
-    more. The coefficient is a function of the collected frames, so that a resumed run
-    goes on where it was.
+        When the coefficient reaches 0 the teacher is switched off, too: it is not asked any
+        more. The coefficient is a function of the collected frames, so that a resumed run
+        goes on where it was.
 
     Args:
-        loss (DistillPPOLoss): the loss whose coefficient is set.
+            loss (DistillPPOLoss): the loss whose coefficient is set.
 
     Keyword Args:
-        kind (str): ``"constant"``, ``"linear"`` or ``"cosine"`` (the paper's code), see
-            :func:`distill_coeff_at`. Default: ``"constant"``.
-        init (float): the first value.
-        end (float): the last value. Default: ``0.0``.
-        start_frames (int): frames with the first value. Default: ``0``.
-        end_frames (int, optional): frames after which the last value holds.
-        transform (TeacherActionTransform, optional): switched off at 0.
+            kind (str): ``"constant"``, ``"linear"`` or ``"cosine"`` (the paper's code), see
+                :func:`distill_coeff_at`. Default: ``"constant"``.
+            init (float): the first value.
+            end (float): the last value. Default: ``0.0``.
+            start_frames (int): frames with the first value. Default: ``0``.
+            end_frames (int, optional): frames after which the last value holds.
+            transform (TeacherActionTransform, optional): switched off at 0.
 
     Examples:
-        >>> from torchrl_rpd.objectives import DistillPPOLoss
-        >>> from torchrl_rpd.students import mlp_actor_critic
-        >>> from torchrl_rpd.trainers import DistillCoeffSchedule
-        >>> student = mlp_actor_critic(4, 2)
-        >>> loss = DistillPPOLoss(student.actor, student.critic)
-        >>> schedule = DistillCoeffSchedule(
-        ...     loss, kind="linear", init=2.0, end=0.5, end_frames=1000
-        ... )
-        >>> schedule.set(500)
-        >>> float(loss.distill_coeff)
-        1.25
+            >>> from torchrl_rpd.objectives import DistillPPOLoss
+    from torchrl_rpd.trainers._stateless import StatelessHook
+            >>> from torchrl_rpd.students import mlp_actor_critic
+            >>> from torchrl_rpd.trainers import DistillCoeffSchedule
+            >>> student = mlp_actor_critic(4, 2)
+            >>> loss = DistillPPOLoss(student.actor, student.critic)
+            >>> schedule = DistillCoeffSchedule(
+            ...     loss, kind="linear", init=2.0, end=0.5, end_frames=1000
+            ... )
+            >>> schedule.set(500)
+            >>> float(loss.distill_coeff)
+            1.25
     """
 
     def __init__(
@@ -142,10 +144,3 @@ class DistillCoeffSchedule(TrainerHookBase):
         self.set(trainer.collected_frames)
         trainer.register_op("pre_optim_steps", self)
         trainer.register_module(name, self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the coefficient follows from the trainer's frames."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore."""

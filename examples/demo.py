@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchrl._utils import logger as torchrl_logger
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, StepCounter, TransformedEnv
 
@@ -148,6 +149,7 @@ def train(
         anneal_from=arm.anneal_from,
         loss_components=["loss_distill"] if arm.algo == "imitation" else None,
         progress_bar=progress_bar,
+        log_rewards=False,  # keeps the progress bar short
     )
     LogEpisodes().register(trainer)
     LogTeacher(teacher).register(trainer)
@@ -244,9 +246,8 @@ def picture(
     steps = [step / 1000 for step, _ in report["curve"]]
     curve = [value for _, value in report["curve"]]
     ax.plot([0, *steps], [0.0, *curve], color="tab:blue", marker="o", ms=3, label="RPD")
-    ax.plot(
-        steps[-1], student, "*", color="tab:blue", ms=12, label="RPD, final evaluation"
-    )
+    end = report["frames"] / 1000
+    ax.plot(end, student, "*", color="tab:blue", ms=12, label="RPD, final evaluation")
     ax.set(
         xlabel="environment steps (thousands)",
         ylabel="success, deterministic policy",
@@ -270,6 +271,7 @@ def main() -> None:
     args = parser.parse_args()
 
     set_learner_threads(num_workers=args.workers)
+    torchrl_logger.setLevel("WARNING")
     args.out.mkdir(parents=True, exist_ok=True)
     arm = Arm(**{**asdict(DEMO), "frames": args.frames})
     eval_env = make_env(arm, args.workers)

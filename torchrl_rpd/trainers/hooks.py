@@ -38,8 +38,10 @@ class LogEpisodes(StatelessHook):
         >>> after = {"done": torch.tensor([[[0], [1], [1]]]).bool(),
         ...          "success": torch.tensor([[[0], [1], [0]]]).bool()}
         >>> batch = TensorDict({"next": after}, batch_size=[1, 3])
-        >>> LogEpisodes()(batch)["train/success_rate"]
+        >>> LogEpisodes().success_rate(batch)["train/success_rate"]
         0.5
+        >>> LogEpisodes()(batch)
+        {'train/episodes': 2}
     """
 
     def __init__(
@@ -52,22 +54,29 @@ class LogEpisodes(StatelessHook):
         self.length_key = length_key
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Any]:
-        """Counts the episodes that end in ``[*B, T]`` frames."""
+        """Counts the episodes that end in ``[*B, T]`` frames, and their mean length."""
         after = batch.get("next")
         done = after.get("done")
         out: dict[str, Any] = {"train/episodes": int(done.sum())}
-        if out["train/episodes"]:
-            success = after.get(self.success_key)[done]
-            out["train/success_rate"] = success.double().mean().item()
-            length = after.get(self.length_key, None)
-            if length is not None:
-                out["train/episode_length"] = length[done].double().mean().item()
-            out["log_pbar"] = True
+        length = after.get(self.length_key, None)
+        if out["train/episodes"] and length is not None:
+            out["train/episode_length"] = length[done].double().mean().item()
         return out
 
+    def success_rate(self, batch: TensorDictBase) -> dict[str, Any] | None:
+        """Share of successes among the episodes that end in ``[*B, T]`` frames."""
+        after = batch.get("next")
+        done = after.get("done")
+        if not done.any():
+            return None
+        success = after.get(self.success_key)[done].double().mean().item()
+        return {"train/success_rate": success, "log_pbar": True}
+
     def register(self, trainer: Trainer, name: str = "log_episodes") -> None:
-        """Registers at ``pre_steps_log``."""
+        """Registers at ``pre_steps_log``; the progress bar shows the success rate."""
+        # Two operations, since what one returns is shown on the bar as a whole.
         trainer.register_op("pre_steps_log", self)
+        trainer.register_op("pre_steps_log", self.success_rate)
         trainer.register_module(name, self)
 
 
@@ -127,7 +136,7 @@ class EvaluationHook(TrainerHookBase):
         >>> hook = EvaluationHook(
         ...     env, mlp_actor_critic(35, 7).actor, interval=10_000, episodes=1
         ... )
-        >>> hook.run(frames=0)["eval/length"]
+        >>> hook.run(frames=0).length.mean
         3.0
     """
 
@@ -150,19 +159,13 @@ class EvaluationHook(TrainerHookBase):
         self.history: list[tuple[int, EvaluationResult]] = []
         self._next = interval
 
-    def run(self, frames: int) -> dict[str, Any]:
-        """Evaluates now and returns what is logged."""
+    def run(self, frames: int) -> EvaluationResult:
+        """Evaluates now and keeps the result in :attr:`history`."""
         result = evaluate(
             self.env, self.policy, episodes=self.episodes, seeds=self.seeds
         )
         self.history.append((frames, result))
-        return {
-            "eval/success_once": result.success_once.mean,
-            "eval/success_at_end": result.success_at_end.mean,
-            "eval/return": result.episode_return.mean,
-            "eval/length": result.length.mean,
-            "log_pbar": True,
-        }
+        return result
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Any] | None:
         """Evaluates when it is due."""
@@ -170,12 +173,25 @@ class EvaluationHook(TrainerHookBase):
         if frames < self._next:
             return None
         self._next = (frames // self.interval + 1) * self.interval
-        return self.run(frames)
+        success = self.run(frames).success_once.mean
+        return {"eval/success_once": success, "log_pbar": True}
+
+    def _details(self, batch: TensorDictBase) -> dict[str, Any] | None:
+        """What the progress bar does not show of the evaluation that was just made."""
+        if not self.history or self.history[-1][0] != self._trainer.collected_frames:
+            return None
+        result = self.history[-1][1]
+        return {
+            "eval/success_at_end": result.success_at_end.mean,
+            "eval/return": result.episode_return.mean,
+            "eval/length": result.length.mean,
+        }
 
     def register(self, trainer: Trainer, name: str = "evaluation") -> None:
         """Registers at ``post_steps_log``."""
         self._trainer = trainer
         trainer.register_op("post_steps_log", self)
+        trainer.register_op("post_steps_log", self._details)
         trainer.register_module(name, self)
 
     def state_dict(self) -> dict[str, Any]:

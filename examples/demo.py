@@ -232,13 +232,14 @@ def picture(
     if RESULTS.exists():
         committed = json.loads(RESULTS.read_text())
         for name, label, colour in (
-            ("dense_ppo", "PPO alone (committed, 5 seeds)", "tab:gray"),
-            ("dense_imitation", "imitation alone (committed, 5 seeds)", "tab:orange"),
+            ("dense_ppo", "PPO alone", "tab:gray"),
+            ("dense_imitation", "imitation alone", "tab:orange"),
         ):
             runs = committed["arms"].get(name, {}).get("runs", [])
             if runs:
                 steps = [step / 1000 for step, _ in runs[0]["curve"]]
                 values = torch.tensor([[v for _, v in run["curve"]] for run in runs])
+                label = f"{label} (committed, {len(runs)} seeds)"
                 ax.plot(steps, values.mean(0), color=colour, ls="--", label=label)
                 low, high = values.min(0).values, values.max(0).values
                 ax.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)

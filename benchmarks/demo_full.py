@@ -149,6 +149,8 @@ def tables(results: dict[str, Any]) -> str:
     """Markdown tables of all groups."""
     lines = []
     for title, names in GROUPS.values():
+        if not any(results["arms"].get(name, {}).get("runs") for name in names):
+            continue
         lines += [f"### {title}", ""]
         lines += [
             "| arm | steps | success: mean over seeds [95 % t interval] "

@@ -84,16 +84,15 @@ class LogTeacher(StatelessHook):
     """Logs the teacher's work so far: ``teacher/<counter>`` of the transform's stats.
 
     Args:
-            transform (TeacherActionTransform): whose counters are read.
+        transform (TeacherActionTransform): whose counters are read.
 
     Examples:
-            >>> import torch
-            >>> from torchrl_rpd.trainers import LogTeacher
-            >>> from torchrl_rpd.trainers._stateless import StatelessHook
-    from torchrl_rpd.transforms import TeacherActionTransform
-            >>> transform = TeacherActionTransform(lambda td: torch.zeros(td.numel(), 7))
-            >>> LogTeacher(transform)(None)["teacher/queries"]
-            0
+        >>> import torch
+        >>> from torchrl_rpd.trainers import LogTeacher
+        >>> from torchrl_rpd.transforms import TeacherActionTransform
+        >>> transform = TeacherActionTransform(lambda td: torch.zeros(td.numel(), 7))
+        >>> LogTeacher(transform)(None)["teacher/queries"]
+        0
     """
 
     def __init__(self, transform: TeacherActionTransform) -> None:

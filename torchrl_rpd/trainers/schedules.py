@@ -63,30 +63,29 @@ class DistillCoeffSchedule(StatelessHook):
         goes on where it was.
 
     Args:
-            loss (DistillPPOLoss): the loss whose coefficient is set.
+        loss (DistillPPOLoss): the loss whose coefficient is set.
 
     Keyword Args:
-            kind (str): ``"constant"``, ``"linear"`` or ``"cosine"`` (the paper's code), see
-                :func:`distill_coeff_at`. Default: ``"constant"``.
-            init (float): the first value.
-            end (float): the last value. Default: ``0.0``.
-            start_frames (int): frames with the first value. Default: ``0``.
-            end_frames (int, optional): frames after which the last value holds.
-            transform (TeacherActionTransform, optional): switched off at 0.
+        kind (str): ``"constant"``, ``"linear"`` or ``"cosine"`` (the paper's code), see
+            :func:`distill_coeff_at`. Default: ``"constant"``.
+        init (float): the first value.
+        end (float): the last value. Default: ``0.0``.
+        start_frames (int): frames with the first value. Default: ``0``.
+        end_frames (int, optional): frames after which the last value holds.
+        transform (TeacherActionTransform, optional): switched off at 0.
 
     Examples:
-            >>> from torchrl_rpd.objectives import DistillPPOLoss
-    from torchrl_rpd.trainers._stateless import StatelessHook
-            >>> from torchrl_rpd.students import mlp_actor_critic
-            >>> from torchrl_rpd.trainers import DistillCoeffSchedule
-            >>> student = mlp_actor_critic(4, 2)
-            >>> loss = DistillPPOLoss(student.actor, student.critic)
-            >>> schedule = DistillCoeffSchedule(
-            ...     loss, kind="linear", init=2.0, end=0.5, end_frames=1000
-            ... )
-            >>> schedule.set(500)
-            >>> float(loss.distill_coeff)
-            1.25
+        >>> from torchrl_rpd.objectives import DistillPPOLoss
+        >>> from torchrl_rpd.students import mlp_actor_critic
+        >>> from torchrl_rpd.trainers import DistillCoeffSchedule
+        >>> student = mlp_actor_critic(4, 2)
+        >>> loss = DistillPPOLoss(student.actor, student.critic)
+        >>> schedule = DistillCoeffSchedule(
+        ...     loss, kind="linear", init=2.0, end=0.5, end_frames=1000
+        ... )
+        >>> schedule.set(500)
+        >>> float(loss.distill_coeff)
+        1.25
     """
 
     def __init__(

@@ -53,7 +53,7 @@ OFFSET = Arm(
     coeff_end=0.5,
     coeff_start_frames=12_000,
     coeff_end_frames=22_000,
-    eval_episodes=64,
+    eval_episodes=32,
 )
 CHATTER = replace(
     OFFSET,

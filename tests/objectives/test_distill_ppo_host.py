@@ -10,6 +10,7 @@ import copy
 import gc
 import math
 import pickle
+import shutil
 import weakref
 
 import pytest
@@ -26,12 +27,18 @@ from tensordict.nn import (
 )
 from torch import distributions as d
 from torch import nn
-from torchrl.modules import IndependentNormal, TanhNormal
+from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 from torchrl.objectives import ClipPPOLoss, SoftUpdate
 from torchrl.objectives.value import GAE
 
 from torchrl_rpd.objectives import DistillPPOLoss
+from torchrl_rpd.objectives._student import point_estimate
 
+# TorchInductor writes C++ for the CPU.
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "cl")),
+    reason="needs a C++ compiler",
+)
 EXTRA = ["loss_distill", "distill_error", "distill_coverage", "kl_k3"]
 
 
@@ -271,7 +278,19 @@ class TestHostVariants:
         )
         assert torch.equal(in_forward["loss_distill"], loss(ahead)["loss_distill"])
 
-    @pytest.mark.parametrize("kind, backend", [("mse", "eager"), ("kl", "aot_eager")])
+    @pytest.mark.parametrize(
+        "kind, backend",
+        [
+            *((kind, "eager") for kind in ("mse", "cosine", "nll")),
+            ("kl", "aot_eager"),
+            pytest.param("l1", "aot_eager", marks=pytest.mark.slow),
+            pytest.param("smooth_l1", "aot_eager", marks=pytest.mark.slow),
+            *(
+                pytest.param(kind, "inductor", marks=[pytest.mark.slow, needs_compiler])
+                for kind in ("mse", "cosine", "nll", "kl")
+            ),
+        ],
+    )
     def test_compile(self, build, total, backend, kind):
         torch._dynamo.reset()
         actor, critic = build.actor(), build.critic()
@@ -282,7 +301,8 @@ class TestHostVariants:
         loss = DistillPPOLoss(
             actor, critic, distill_type=kind, ratio_weighted=kind == "kl"
         )
-        compiled = torch.compile(loss, backend=backend, fullgraph=backend == "eager")
+        # One graph, as ClipPPOLoss: a break would raise.
+        compiled = torch.compile(loss, backend=backend, fullgraph=True)
         for coeff in (1.0, 0.0):  # Scheduled without a second compilation.
             loss.distill_coeff = coeff
             out, expected = compiled(data), loss(data)
@@ -351,6 +371,84 @@ class TestOtherStudents:
                 out = DistillPPOLoss(actor, critic, distill_type=kind)(data)
                 results.append(out["loss_distill"])
         torch.testing.assert_close(results[:2], results[2:])
+
+    @pytest.mark.parametrize("kind", ["mse", "nll"])
+    def test_discrete_actions_are_refused(self, build, kind):
+        def one_hot(loc, scale):
+            return OneHotCategorical(logits=loc)
+
+        actor, critic = build.actor(one_hot), build.critic()
+        data = build.minibatch(actor)
+        with pytest.raises(TypeError, match="continuous actions"):
+            DistillPPOLoss(actor, critic, distill_type=kind)(data)
+
+    def test_students_without_a_known_centre_are_refused(self, build):
+        def squashed(loc, scale):
+            normal = d.Independent(d.Normal(loc, scale), 1)
+            return d.TransformedDistribution(normal, [d.TanhTransform()])
+
+        actor, critic = build.actor(squashed), build.critic()
+        data = build.minibatch(actor)
+        with pytest.raises(
+            TypeError, match="neither a deterministic_sample nor a mean"
+        ):
+            DistillPPOLoss(actor, critic, entropy_bonus=False)(data)
+
+    def test_tanh_normal_takes_its_median(self, build):
+        """Not the mean of the squashed distribution, which lies nearer to 0."""
+        dist = TanhNormal(torch.tensor([0.8]).double(), torch.tensor([0.7]).double())
+        centre = point_estimate(dist)
+        torch.testing.assert_close(centre, torch.tensor([0.8]).double().tanh())
+        samples = dist.sample((20_000,))
+        below = (samples < centre).double().mean()
+        assert below.item() == pytest.approx(0.5, abs=0.02)
+        assert samples.mean() < centre - 0.05
+
+    @pytest.mark.parametrize("aggregate", [False, True])
+    @pytest.mark.parametrize("kind", ["mse", "nll", "cosine"])
+    def test_one_nested_head_needs_no_key(self, build, aggregate, kind):
+        """A composite of one head, by the name that the action has in the env."""
+        arm = ("agents", "arm")
+
+        def composite(params):
+            return CompositeDistribution(
+                params, distribution_map={arm: IndependentNormal}
+            )
+
+        with set_composite_lp_aggregate(aggregate):
+            actor = ProbabilisticTensorDictSequential(
+                TensorDictModule(
+                    nn.Sequential(nn.Linear(5, 14), NormalParamExtractor()),
+                    ["observation"],
+                    [("params", *arm, "loc"), ("params", *arm, "scale")],
+                ),
+                ProbabilisticTensorDictModule(
+                    ["params"],
+                    [arm],
+                    distribution_class=composite,
+                    return_log_prob=True,
+                    default_interaction_type=InteractionType.RANDOM,
+                ),
+            )
+            critic = build.critic(torch.float32)
+            data = actor(TensorDict({"observation": torch.randn(6, 5)}, [6])).detach()
+            data["advantage"] = torch.randn(6, 1)
+            data["value_target"] = torch.randn(6, 1)
+            data["teacher_action"] = torch.randn(6, 7)
+            out = DistillPPOLoss(actor, critic, distill_type=kind)(data)
+            loc, std = data["params", *arm, "loc"], data["params", *arm, "scale"]
+            label = data["teacher_action"]
+            expected = {
+                "mse": lambda: (loc - label).square().mean(),
+                "nll": lambda: -d.Normal(loc, std).log_prob(label).sum(-1).mean(),
+                "cosine": lambda: torch.stack(
+                    [
+                        1 - torch.cosine_similarity(loc[:, p], label[:, p])
+                        for p in ([0, 1, 2], [3, 4, 5])
+                    ]
+                ).mean(),
+            }[kind]()
+            torch.testing.assert_close(out["loss_distill"], expected)
 
     @staticmethod
     def two_heads():

@@ -39,6 +39,7 @@ def distilled_head(
             )
         return heads[unravel_key(key)]
     if not dist.event_shape:
+        point_estimate(dist)  # Discrete actions have an error of their own.
         raise ValueError(
             f"The student's {type(dist).__name__} distribution keeps the action "
             "dimension in its log-probability, so that PPO would clip one ratio per "
@@ -49,10 +50,32 @@ def distilled_head(
 
 
 def point_estimate(dist: d.Distribution) -> Tensor:
-    """Returns the action that the student takes without exploring, ``[*B, A]``."""
-    if hasattr(dist, "deterministic_sample"):
-        return dist.deterministic_sample
-    return dist.mean
+    """Returns the action that the student takes without exploring, ``[*B, A]``.
+
+    That is what TorchRL's ``ExplorationType.DETERMINISTIC`` takes: the mean of a
+    Gaussian, the squashed mean of a ``TanhNormal`` (its median: neither its mean nor
+    its mode, which have no closed form).
+
+    Raises:
+        TypeError: if ``dist`` has no such action, or one without a gradient.
+    """
+    try:
+        # torchrl's distributions have the attribute, those of torch a mean.
+        point = getattr(dist, "deterministic_sample", None)
+        point = dist.mean if point is None else point
+    except NotImplementedError as err:
+        raise TypeError(
+            f"The student's {type(dist).__name__} distribution has neither a "
+            "deterministic_sample nor a mean to distil. Use "
+            "torchrl.modules.IndependentNormal or TanhNormal."
+        ) from err
+    if not point.is_floating_point():
+        raise TypeError(
+            f"The student's {type(dist).__name__} distribution has discrete actions: no "
+            "gradient leads from a distance to its parameters. Distillation needs "
+            "continuous actions (torchrl.modules.IndependentNormal or TanhNormal)."
+        )
+    return point
 
 
 def gaussian_parameters(dist: d.Distribution) -> tuple[Tensor, Tensor] | None:

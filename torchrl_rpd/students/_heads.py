@@ -1,0 +1,37 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What the students' heads have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torchrl.modules import MLP
+
+
+def orthogonal_mlp(
+    in_features: int,
+    out_features: int,
+    num_cells: Sequence[int],
+    activation: type[nn.Module],
+    last_gain: float,
+) -> MLP:
+    """Builds an MLP with zero biases and orthogonal weights.
+
+    The gain of the hidden layers is the square root of 2, that of the last layer
+    ``last_gain``.
+    """
+    mlp = MLP(
+        in_features=in_features,
+        out_features=out_features,
+        num_cells=list(num_cells),
+        activation_class=activation,
+    )
+    linears = [m for m in mlp.modules() if isinstance(m, nn.Linear)]
+    for layer in linears:
+        nn.init.orthogonal_(layer.weight, last_gain if layer is linears[-1] else 2**0.5)
+        nn.init.zeros_(layer.bias)
+    return mlp

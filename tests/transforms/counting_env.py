@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import Compose, EnvBase, RewardSum, TransformedEnv
 
 from torchrl_rpd.transforms import TeacherActionTransform
 
@@ -132,6 +133,46 @@ def assert_labels_belong(frames: TensorDictBase) -> None:
     )
 
 
+def windows_of(
+    observation: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last observations ``[*B, W, 3]`` up to each, and which of them are real.
+
+    By the definition: place ``j`` of ``W`` holds step ``t - (W - 1) + j`` of the same
+    episode, and step 0 where that is negative.
+    """
+    steps = observation[..., 2:] - (window - 1) + torch.arange(window)
+    same = observation[..., None, :2].expand(*steps.shape, 2)
+    return torch.cat([same, steps.clamp(min=0).unsqueeze(-1)], -1), steps >= 0
+
+
+def label_of_window(windows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """A label that depends on every place of the window and of its mask, ``[*B, 2]``."""
+    places = torch.arange(1.0, windows.shape[-2] + 1)
+    signed = torch.where(real, windows[..., 2] + 1, -windows[..., 2] - 10)
+    sums = (places * signed).sum(-1, keepdim=True) / 1e4
+    return torch.cat([label_of(windows[..., -1, :])[..., :1], sums], -1)
+
+
+class LookingBack:
+    """Labels by :func:`label_of_window`; says which window it wants to be shown."""
+
+    history_keys = ("observation",)
+
+    def __init__(self, window: int, in_keys: Sequence[str] | None = None) -> None:
+        self.history_window = window
+        if in_keys is not None:
+            self.in_keys = in_keys
+        self.rows = 0
+
+    def __call__(self, tensordict: TensorDictBase) -> torch.Tensor:
+        windows, real = tensordict["observation"], tensordict["timestep_pad_mask"]
+        self.rows += len(windows)
+        assert windows.shape == (*tensordict.batch_size, self.history_window, 3)
+        assert real.shape == windows.shape[:2] and real.dtype == torch.bool
+        return label_of_window(windows, real)
+
+
 def make_worker(first_id: int = 0) -> CountingEnv:
     """Two envs for one worker; here, where worker processes can import it."""
     return CountingEnv((2, 3), first_id=first_id)
@@ -142,3 +183,13 @@ def make_worker_with_teacher() -> TransformedEnv:
     return TransformedEnv(
         make_worker(), TeacherActionTransform(teacher_factory=RecordingTeacher)
     )
+
+
+def make_worker_with_chain() -> TransformedEnv:
+    """Nested keys, and a teacher that looks back, as the second of two transforms."""
+    label = TeacherActionTransform(
+        teacher_factory=functools.partial(LookingBack, 3),
+        teacher_action_key=("teacher", "action"),
+        teacher_mask_key=("teacher", "mask"),
+    )
+    return TransformedEnv(CountingEnv((4, 5)), Compose(RewardSum(), label))

@@ -18,14 +18,12 @@ from counting_env import (
     assert_labels_belong,
     label_of,
     make_worker,
-    make_worker_with_teacher,
 )
 from tensordict import TensorDictBase
-from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.collectors import Collector
 from torchrl.data import Bounded, Categorical
 from torchrl.envs import (
     Compose,
-    ParallelEnv,
     RewardSum,
     SerialEnv,
     StepCounter,
@@ -71,22 +69,6 @@ def test_collector_queries_every_stored_frame_once_plus_n(batch: str) -> None:
     # no observation was asked about twice, and every stored one was
     assert len(set(teacher.asked)) == len(teacher.asked)
     assert set(stored) < set(teacher.asked)
-
-
-def test_parallel_env_inside() -> None:
-    teacher = RecordingTeacher()
-    label = TeacherActionTransform(teacher)
-    base = ParallelEnv(2, [make_worker, lambda: make_worker(2)], use_buffers=False)
-    env = TransformedEnv(base, label)
-    try:
-        frames = env.rollout(15, break_when_any_done=False)
-        assert frames.shape == (2, 2, 15)
-        assert_labels_belong(frames)
-        # Rows whose very last step ended an episode: nobody asked for the next root.
-        ended = int(frames["next", "done"][..., -1, :].sum())
-        assert len(teacher.asked) == 2 * 2 * 15 + 4 - ended
-    finally:
-        env.close(raise_if_closed=False)
 
 
 def test_terminal_rows_are_not_asked_about() -> None:
@@ -230,58 +212,6 @@ def test_native_autoreset_is_refused() -> None:
     label = TeacherActionTransform(RecordingTeacher())
     with pytest.raises(RuntimeError, match="native_autoreset=False"):
         label._reset_on_native_autoreset(base.reset(), base.reset())
-
-
-def test_in_process_teacher_inside_workers_is_refused() -> None:
-    def make() -> TransformedEnv:
-        return TransformedEnv(make_worker(), TeacherActionTransform(RecordingTeacher()))
-
-    for batched in (SerialEnv, ParallelEnv):
-        with pytest.raises(RuntimeError, match="teacher_factory="):
-            batched(2, make)
-
-
-def test_factory_inside_serial_env() -> None:
-    env = SerialEnv(2, make_worker_with_teacher)
-    check_env_specs(env)
-    frames = env.rollout(12, break_when_any_done=False)
-    assert frames.shape == (2, 2, 12)
-    assert_labels_belong(frames)
-
-
-def test_factory_inside_parallel_env() -> None:
-    env = ParallelEnv(2, make_worker_with_teacher)
-    try:
-        assert_labels_belong(env.rollout(12, break_when_any_done=False))
-        asked = [stats["queries"] for stats in env.transform.stats()]
-        assert len(asked) == 2 and min(asked) >= 2 * 12
-        env.transform.set_enabled(False)
-        frames = env.rollout(4, break_when_any_done=False)
-        assert not frames["teacher_mask"].any()
-        assert [stats["queries"] for stats in env.transform.stats()] == asked
-    finally:
-        env.close(raise_if_closed=False)
-
-
-def test_factory_in_collector_workers() -> None:
-    collector = MultiSyncCollector(
-        [make_worker_with_teacher], None, frames_per_batch=20, total_frames=60
-    )
-    try:
-        for frames in collector:
-            assert_labels_belong(frames)
-    finally:
-        collector.shutdown()
-
-
-def test_the_switch_raises_where_it_cannot_reach() -> None:
-    import cloudpickle
-
-    label = TeacherActionTransform(teacher_factory=RecordingTeacher)
-    arrived = cloudpickle.loads(cloudpickle.dumps(label))
-    arrived.enabled = False  # the copy that travelled has a switch of its own
-    with pytest.raises(RuntimeError, match="set_enabled"):
-        label.enabled = False
 
 
 def test_a_clipped_label_uses_the_env_box() -> None:

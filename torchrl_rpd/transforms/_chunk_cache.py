@@ -37,12 +37,9 @@ class ChunkCache:
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets every chunk, and how many environments there are."""
         self._chunks: torch.Tensor | None = None  # [N, interval, A]
-        self._position: torch.Tensor | None = None  # [N]; >= interval: due
+        # On the CPU: it decides which rows are asked about. [N]; >= interval: due
+        self._position: torch.Tensor | None = None
 
     def invalidate(self) -> None:
         """Makes every row due."""
@@ -51,12 +48,12 @@ class ChunkCache:
 
     def start(self, rows: torch.Tensor, num_envs: int) -> torch.Tensor:
         """Begins new episodes in ``rows``; returns the rows that are due: all."""
-        self._positions(rows, num_envs)[rows] = self.interval
+        self._positions(num_envs)[rows] = self.interval
         return rows
 
     def advance(self, rows: torch.Tensor, num_envs: int) -> torch.Tensor:
         """Moves ``rows`` on by one step; returns those of them that are due."""
-        position = self._positions(rows, num_envs)
+        position = self._positions(num_envs)
         position[rows] += 1
         return rows[position[rows] >= self.interval]
 
@@ -70,29 +67,20 @@ class ChunkCache:
         assert self._position is not None
         chunks = chunks[:, : self.interval]
         if self._chunks is None:
-            self._chunks = chunks.new_zeros(
-                self._position.shape[0], *chunks.shape[1:], device=rows.device
-            )
-        self._chunks[rows] = chunks.to(self._chunks)
+            self._chunks = chunks.new_zeros(self._position.shape[0], *chunks.shape[1:])
+        self._chunks = self._chunks.to(chunks.device)
+        self._chunks[rows.to(chunks.device)] = chunks.to(self._chunks.dtype)
         self._position[rows] = 0
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """The current action ``[n, A]`` of ``rows``."""
         assert self._chunks is not None and self._position is not None
-        return self._chunks[rows, self._position[rows]]
+        device = self._chunks.device
+        return self._chunks[rows.to(device), self._position[rows].to(device)]
 
-    def _positions(self, rows: torch.Tensor, num_envs: int) -> torch.Tensor:
+    def _positions(self, num_envs: int) -> torch.Tensor:
         if self._position is None:
-            self._position = torch.full(
-                (num_envs,), self.interval, dtype=torch.int64, device=rows.device
-            )
-        if self._position.shape[0] != num_envs:
-            raise RuntimeError(
-                f"replan_interval={self.interval} remembers {self._position.shape[0]} "
-                f"environments, but {num_envs} were stepped. An env whose batch size "
-                "changes from step to step needs replan_interval=1."
-            )
-        self._position = self._position.to(rows.device)
+            self._position = torch.full((num_envs,), self.interval)
         return self._position
 
     def state(self) -> dict[str, Any]:
@@ -104,11 +92,8 @@ class ChunkCache:
     def load(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state` returned.
 
-        A cache already in use belongs to episodes that are under way, and those are not
-        the saved ones: its rows are only made due, so that no label can be stale.
+        Chunks that were followed for another number of steps are passed over.
         """
-        if self._position is not None:
-            self.invalidate()
-        elif state:
+        if state and state["chunks"].shape[1] == self.interval:
             self._chunks = state["chunks"].clone()
-            self._position = state["position"].clone()
+            self._position = state["position"].clone().cpu()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,8 +33,8 @@ class TeacherHandle:
 
     A plain object and not an :class:`~torch.nn.Module`: assigned to a module it adds
     no parameters, no ``state_dict`` entries, and it is not moved by ``.to()``. Copies
-    (shallow and deep) share the teacher. Pickling works when it was made from a
-    factory: the factory travels and the teacher is built again on the other side.
+    (shallow and deep) share the teacher. Only a handle made from a factory works in
+    another process, pickled or forked: the teacher is built again there.
 
     Args:
         teacher (callable, optional): the teacher itself.
@@ -45,6 +46,7 @@ class TeacherHandle:
     Raises:
         ValueError: if not exactly one of both is given.
         TypeError: if either is not callable.
+        RuntimeError: on pickling an in-process teacher, or using one after a fork.
 
     Examples:
         >>> import torch
@@ -73,6 +75,7 @@ class TeacherHandle:
             )
         self.crossed_process = False
         self._factory = factory
+        self._process = os.getpid()
         self._teacher = None if teacher is None else _freeze(teacher)
 
     @property
@@ -89,7 +92,11 @@ class TeacherHandle:
 
     @property
     def teacher(self) -> Teacher:
-        """The teacher; built by the factory at the first access."""
+        """The teacher; built by the factory at the first access in each process."""
+        if self._process != os.getpid():  # forked: weights and locks of the parent
+            if self._factory is None:
+                raise self._stays_here()
+            self._teacher, self._process = None, os.getpid()
         if self._teacher is None:
             assert self._factory is not None
             # Building a network draws random weights: kept away from the global
@@ -104,13 +111,24 @@ class TeacherHandle:
         keys = getattr(self.teacher, "in_keys", None)
         return [unravel_key(key) for key in keys] if keys else None
 
+    @property
+    def history_window(self) -> int:
+        """How many observations the teacher wants to be shown, 1 if it says nothing."""
+        return getattr(self.teacher, "history_window", None) or 1
+
+    @property
+    def history_keys(self) -> list[NestedKey]:
+        """The entries of which it wants a history; empty if it says nothing."""
+        return list(getattr(self.teacher, "history_keys", None) or ())
+
     def __call__(
         self, scratch: TensorDictBase
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Asks the teacher about the rows of a flat tensordict.
 
         Args:
-            scratch (TensorDictBase): batch ``[n]``; the teacher may write into it.
+            scratch (TensorDictBase): batch ``[n]``; the teacher may set entries in it,
+                but not change the tensors that are there.
 
         Returns:
             the action chunk ``[n, H, A]`` (``H`` is 1 for a teacher of single actions)
@@ -204,18 +222,21 @@ class TeacherHandle:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._factory is None:
-            raise RuntimeError(
-                f"{self.name} lives in this process and does not travel to another "
-                "one. Put TeacherActionTransform outside the ParallelEnv (or use it as "
-                "the collector's postproc), or give teacher_factory= instead of "
-                "teacher= so that every process builds its own."
-            )
+            raise self._stays_here()
         import cloudpickle
 
         # lambdas and closures are the usual factories, plain pickle refuses them
         payload = cloudpickle.dumps(self._factory)
         self.crossed_process = True
         return _rebuild_handle, (payload,)
+
+    def _stays_here(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name} lives in the process that made it and does not travel to "
+            "another one. Put TeacherActionTransform outside the ParallelEnv (or use "
+            "it as the collector's postproc), or give teacher_factory= instead of "
+            "teacher= so that every process builds its own."
+        )
 
 
 def _freeze(teacher: Any) -> Teacher:

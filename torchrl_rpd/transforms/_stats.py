@@ -20,14 +20,15 @@ class TeacherStats(TypedDict):
     labelled: int
     clipped: int
     non_finite: int
+    incomplete: int
     seconds: float
 
 
 class QueryStats:
     """Counters of a :class:`~torchrl_rpd.transforms.TeacherActionTransform`.
 
-    Counts that depend on the labels themselves (clipped, not finite) are summed up on
-    the labels' device and read only by :meth:`read`, so that counting costs no
+    Counts that depend on the data (frames, labels clipped or not finite) are summed up
+    on the data's device and read only by :meth:`read`, so that counting costs no
     synchronisation with an accelerator in the steps between.
 
     Examples:
@@ -43,13 +44,18 @@ class QueryStats:
 
     def reset(self) -> None:
         """Sets every counter to zero."""
-        self.frames = 0
         self.queries = 0
         self.calls = 0
+        self.incomplete = 0
         self.seconds = 0.0
+        self._frames: int | torch.Tensor = 0
         self._emitted = 0
         self._finite: int | torch.Tensor = 0
         self._clipped: int | torch.Tensor = 0
+
+    def see(self, candidates: torch.Tensor) -> None:
+        """Counts the rows, True in ``candidates``, that could be labelled."""
+        self._frames = self._frames + candidates.sum()
 
     def emit(self, finite: torch.Tensor, clipped: torch.Tensor | None) -> None:
         """Counts labels that were written.
@@ -68,21 +74,24 @@ class QueryStats:
         """The counters as plain numbers."""
         labelled = int(self._finite)
         return TeacherStats(
-            frames=self.frames,
+            frames=int(self._frames),
             queries=self.queries,
             calls=self.calls,
             labelled=labelled,
             clipped=int(self._clipped),
             non_finite=self._emitted - labelled,
+            incomplete=self.incomplete,
             seconds=self.seconds,
         )
 
     def load(self, stats: TeacherStats) -> None:
         """Continues from what :meth:`read` returned earlier."""
-        self.frames = stats["frames"]
-        self.queries = stats["queries"]
-        self.calls = stats["calls"]
-        self.seconds = stats["seconds"]
-        self._finite = stats["labelled"]
-        self._clipped = stats["clipped"]
-        self._emitted = stats["labelled"] + stats["non_finite"]
+        # Multi-process collectors make tensors of the numbers in a state_dict.
+        self.queries = int(stats["queries"])
+        self.calls = int(stats["calls"])
+        self.incomplete = int(stats["incomplete"])
+        self.seconds = float(stats["seconds"])
+        self._frames = int(stats["frames"])
+        self._finite = int(stats["labelled"])
+        self._clipped = int(stats["clipped"])
+        self._emitted = self._finite + int(stats["non_finite"])

@@ -1,0 +1,359 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Decides which rows get a label, obtains it and writes it beside the observation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+
+from torchrl_rpd.transforms._box import ActionBox
+from torchrl_rpd.transforms._chunk_cache import ChunkCache
+from torchrl_rpd.transforms._history import HistoryWindow
+from torchrl_rpd.transforms._labels import LabelRules
+from torchrl_rpd.transforms._query import TeacherQuery
+from torchrl_rpd.transforms._stats import QueryStats
+
+
+class LabelKeys(NamedTuple):
+    """Where labels are written; ``std`` is None where no spread is stored."""
+
+    action: NestedKey
+    mask: NestedKey
+    std: NestedKey | None
+
+
+class Shared:
+    """What a labeller and its clones (TorchRL makes them unasked) have in common.
+
+    Args:
+        seed (int): of the generator that draws which rows are asked about.
+    """
+
+    def __init__(self, seed: int) -> None:
+        # In shared memory, for processes that are forked.
+        self._enabled = torch.ones((), dtype=torch.bool).share_memory_()
+        self.stats = QueryStats()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the teacher is asked at all."""
+        return bool(self._enabled)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled.fill_(bool(value))
+
+
+class Labeller:
+    """Labels rows of a tensordict, with what it remembers of the envs they come from.
+
+    Args:
+        ask (TeacherQuery): how the teacher is asked.
+        rules (LabelRules): what becomes of its answers.
+        keys (LabelKeys): where they go.
+
+    Keyword Args:
+        query_fraction (float): the probability with which a row is asked about.
+        replan_interval (int): for how many steps of an env a chunk is followed.
+        history_window (int, optional): how many observations of an env the teacher is
+            shown; None for as many as it says.
+        history_keys (sequence of NestedKey, optional): of which entries; likewise.
+        seed (int): see :class:`Shared`.
+
+    Raises:
+        ValueError: for contradicting or out-of-range arguments.
+    """
+
+    def __init__(
+        self,
+        ask: TeacherQuery,
+        rules: LabelRules,
+        keys: LabelKeys,
+        *,
+        query_fraction: float,
+        replan_interval: int,
+        history_window: int | None,
+        history_keys: Sequence[NestedKey] | None,
+        seed: int,
+    ) -> None:
+        if not 0.0 <= query_fraction <= 1.0:
+            raise ValueError(f"query_fraction must be in [0, 1], got {query_fraction}.")
+        if replan_interval < 1:
+            raise ValueError(
+                f"replan_interval must be at least 1, got {replan_interval}."
+            )
+        if replan_interval > 1 and (query_fraction < 1 or keys.std is not None):
+            raise ValueError(
+                "replan_interval > 1 goes with neither query_fraction < 1 nor "
+                "teacher_std_key: a chunk is one plan that is followed as a whole."
+            )
+        if history_window is not None and history_window < 1:
+            raise ValueError(
+                f"history_window must be at least 1, got {history_window}."
+            )
+        self.shared = Shared(seed)
+        self.query_fraction = query_fraction
+        self.replan_interval = replan_interval
+        self._ask = ask
+        self._rules = rules
+        self._keys = keys
+        self._history_window = history_window
+        self._history_keys = history_keys
+        self._start_over()
+
+    def _start_over(self) -> None:
+        interval = self.replan_interval
+        self._cache = ChunkCache(interval) if interval > 1 else None
+        self._history: HistoryWindow | None = None
+        self._history_known = False  # it takes the teacher to know
+        self._num_envs: int | None = None
+        self._loaded: dict[str, Any] = {}
+
+    def clone(self) -> Labeller:
+        """One for other envs, with the same teacher, switch and counters."""
+        out = copy.copy(self)
+        out._start_over()
+        return out
+
+    # ------------------------------------------------------------------ which rows
+    def label_env(
+        self,
+        tensordict: TensorDictBase,
+        candidates: torch.Tensor,
+        box: ActionBox,
+        *,
+        observed: torch.Tensor | None,
+        fresh: bool,
+    ) -> TensorDictBase:
+        """Labels what envs have just shown.
+
+        Args:
+            tensordict (TensorDictBase): ``[*B]``; written into.
+            candidates (torch.Tensor): which rows to label, bool ``[*B]``.
+            box (ActionBox): the env's.
+
+        Keyword Args:
+            observed (torch.Tensor, optional): which rows show something new, bool
+                ``[*B]``; None for all.
+            fresh (bool): whether episodes start in these rows.
+
+        Raises:
+            RuntimeError: if the number of envs changed and something is remembered.
+        """
+        num_envs = tensordict.batch_size.numel()
+        self._begin(num_envs)
+        self.shared.stats.see(candidates)
+        if not self.shared.enabled:
+            # Nobody looks: what comes later has a gap here.
+            self._forget()
+            return self._write_nothing(tensordict, candidates, box)
+        history = self._resolve_history()
+        rows = _indices(candidates)
+        if history is not None:
+            if observed is None:
+                observed_rows = torch.arange(num_envs)
+            else:
+                observed_rows = rows if observed is candidates else _indices(observed)
+            history.record(tensordict, observed_rows, fresh=fresh)
+            complete = history.complete(rows)
+            self.shared.stats.incomplete += rows.numel() - int(complete.sum())
+            rows = rows[complete]
+        rows = self._draw(rows)
+        if not rows.numel():
+            return self._write_nothing(tensordict, candidates, box)
+        if self._cache is None:
+            action, std = self._fresh_answers(tensordict, rows, history)
+            return self._write(tensordict, candidates, rows, action, std, box)
+        move = self._cache.start if fresh else self._cache.advance
+        due = move(rows, num_envs)
+        if due.numel():
+            self._cache.store(
+                due, self._ask(tensordict, due, self.shared.stats, history)[0]
+            )
+        action = self._cache.read(rows)
+        return self._write(tensordict, candidates, rows, action, None, box)
+
+    def label_frames(
+        self, tensordict: TensorDictBase, candidates: torch.Tensor, box: ActionBox
+    ) -> TensorDictBase:
+        """Labels frames without an order, ``[*B]``; written into.
+
+        Raises:
+            ValueError: if labels depend on the steps before.
+        """
+        if self.replan_interval > 1:
+            raise ValueError(
+                "replan_interval > 1 follows each env step by step and needs the "
+                "transform in the env; on stored frames use replan_interval=1."
+            )
+        self.shared.stats.see(candidates)
+        if not self.shared.enabled:
+            return self._write_nothing(tensordict, candidates, box)
+        history = self._resolve_history()
+        if history is not None:
+            raise ValueError(
+                f"The teacher ({self._ask.handle.name}) is shown the last "
+                f"{history.window} observations of {history.keys}: history follows "
+                "each env step by step and needs the transform in the env, "
+                "TransformedEnv(env, TeacherActionTransform(...)). On stored frames "
+                "(postproc, replay buffer, plain tensordict) use a teacher without "
+                "history, or history_window=1 if it copes with that."
+            )
+        rows = self._draw(_indices(candidates))
+        if not rows.numel():
+            return self._write_nothing(tensordict, candidates, box)
+        action, std = self._fresh_answers(tensordict, rows, None)
+        return self._write(tensordict, candidates, rows, action, std, box)
+
+    def _draw(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.query_fraction == 1.0:
+            return rows
+        chance = torch.rand(rows.numel(), generator=self.shared.generator)
+        return rows[chance < self.query_fraction]
+
+    # ------------------------------------------------------------------ answers
+    def _fresh_answers(
+        self,
+        tensordict: TensorDictBase,
+        rows: torch.Tensor,
+        history: HistoryWindow | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        chunk, std = self._ask(tensordict, rows, self.shared.stats, history)
+        if self._keys.std is None:
+            return chunk[:, 0], None
+        if std is None:
+            raise KeyError(
+                f"teacher_std_key={self._keys.std!r} asks for a standard deviation, "
+                f"but the teacher ({self._ask.handle.name}) writes neither "
+                "'teacher_std' nor ('vla_action', 'std')."
+            )
+        return chunk[:, 0], std
+
+    def _write(
+        self,
+        tensordict: TensorDictBase,
+        candidates: torch.Tensor,
+        rows: torch.Tensor,
+        raw: torch.Tensor,
+        std: torch.Tensor | None,
+        box: ActionBox,
+    ) -> TensorDictBase:
+        """Scatters the labels of ``rows`` among zeros, ``[*B, F]``."""
+        device, batch_size = candidates.device, tensordict.batch_size
+        name = self._ask.handle.name
+        labels = self._rules(raw.to(device), std, box.to(device), name=name)
+        self.shared.stats.emit(labels.usable, labels.clipped)
+        written = [
+            (self._keys.action, labels.action),
+            (self._keys.mask, labels.usable.unsqueeze(-1)),
+        ]
+        if self._keys.std is not None and labels.std is not None:
+            written.append((self._keys.std, labels.std))
+        for key, values in written:
+            if rows.numel() < batch_size.numel():
+                full = values.new_zeros(batch_size.numel(), values.shape[-1])
+                full[rows.to(device)] = values
+                values = full
+            tensordict.set(key, values.reshape(*batch_size, values.shape[-1]))
+        return tensordict
+
+    def _write_nothing(
+        self, tensordict: TensorDictBase, like: torch.Tensor, box: ActionBox
+    ) -> TensorDictBase:
+        if box.width is None:
+            raise RuntimeError(
+                "No frame is to be labelled, and nothing tells the width of the labels "
+                "that are to be zero: the frames hold no action. Name it with "
+                "action_key=, or give low= or high= with one entry per action "
+                "dimension."
+            )
+        zeros = torch.zeros(*like.shape, box.width, device=like.device)
+        tensordict.set(self._keys.action, zeros)
+        tensordict.set(self._keys.mask, torch.zeros_like(like).unsqueeze(-1))
+        if self._keys.std is not None:
+            tensordict.set(self._keys.std, zeros.clone())
+        return tensordict
+
+    # ------------------------------------------------------------------ memory
+    def _resolve_history(self) -> HistoryWindow | None:
+        """The windows, if the teacher looks back; asks it at the first call."""
+        if self._history_known:
+            return self._history
+        handle = self._ask.handle
+        window, keys = self._history_window, self._history_keys
+        if window is None:
+            window = handle.history_window
+        if window > 1:
+            keys = handle.history_keys if keys is None else list(keys)
+            if not keys:
+                raise ValueError(
+                    f"history_window={window} needs history_keys=: the teacher "
+                    f"({handle.name}) does not say of which entries it is shown the "
+                    "history."
+                )
+            self._history = HistoryWindow(window, keys)
+            self._history.load(self._loaded.get("history", {}))
+        self._history_known, self._loaded = True, {}
+        return self._history
+
+    def _begin(self, num_envs: int) -> None:
+        """Holds the number of envs; memory from a state_dict counts from here on."""
+        if self._num_envs is None:
+            if int(self._loaded.get("num_envs", num_envs)) != num_envs:
+                self._loaded = {}
+            if self._cache is not None:
+                self._cache.load(self._loaded.get("chunks", {}))
+        elif self._num_envs != num_envs and (
+            self._cache is not None or self._history is not None
+        ):
+            raise RuntimeError(
+                f"The transform follows {self._num_envs} environments (chunks or "
+                f"history), but {num_envs} were stepped. An env whose batch size "
+                "changes from step to step needs replan_interval=1 and a teacher "
+                "without history."
+            )
+        self._num_envs = num_envs
+
+    def _forget(self) -> None:
+        if self._cache is not None:
+            self._cache.invalidate()
+        if self._history is not None:
+            self._history.forget()
+        self._loaded = {}
+
+    def state(self) -> dict[str, Any]:
+        """Chunks and history of the envs, for a ``state_dict``."""
+        if self._num_envs is None:
+            return self._loaded
+        history = self._loaded.get("history", {})
+        return {
+            "num_envs": self._num_envs,
+            "chunks": {} if self._cache is None else self._cache.state(),
+            "history": history if self._history is None else self._history.state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state` returned, before the first step.
+
+        Later, the envs are in the middle of episodes that are not the saved ones (or
+        those, if they were restored as well; nothing tells): what is remembered is then
+        given up, so that no label can be stale.
+        """
+        if self._num_envs is None:
+            self._loaded = state
+        else:
+            self._forget()
+
+
+def _indices(mask: torch.Tensor) -> torch.Tensor:
+    """Flat indices of the True entries, on the CPU: one synchronisation."""
+    return mask.reshape(-1).cpu().nonzero().squeeze(-1)

@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[2/3] installing torch $(TORCH)"
 	@$(PIP) $(TORCH_INDEX) "torch==$(TORCH)"
 	@echo "[3/3] installing torchrl_rpd, the simulator and the tools"
-	@$(PIP) -c constraints.txt -e ".[maniskill,plot,dev]"
+	@$(PIP) -c constraints.txt -e ".[maniskill,plot,openvla,octo,dev]"
 	@touch $@
 
 demo: $(INSTALLED)

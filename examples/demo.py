@@ -32,7 +32,7 @@ from torchrl_rpd.envs import ManiSkillEnv
 from torchrl_rpd.evaluation import EvaluationResult, evaluate
 from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
 from torchrl_rpd.students import ActorCritic, mlp_actor_critic
-from torchrl_rpd.teachers import ScriptedTeacher
+from torchrl_rpd.teachers import ScriptedTeacher, check_teacher
 from torchrl_rpd.trainers import (
     DistillCoeffSchedule,
     EvaluationHook,
@@ -138,7 +138,7 @@ def train(
         gae=FiniteHorizonGAE(
             gamma=arm.gamma,
             lmbda=arm.lmbda,
-            value_network=student.critic,
+            value_network=student.value_network,
             bootstrap_at_done=arm.bootstrap,
         ),
         total_frames=arm.frames,
@@ -277,17 +277,14 @@ def main() -> None:
     arm = Arm(**{**asdict(DEMO), "frames": args.frames})
     eval_env = make_env(arm, args.workers)
 
+    expert = ScriptedTeacher(arm.task, **arm.teacher)
+    print(check_teacher(expert, eval_env), flush=True)
     print(
         f"1/3 evaluating the teacher on {args.episodes} episodes of {arm.task} ...",
         flush=True,
     )
     seeds = final_seeds(args.seed)
-    teacher = evaluate(
-        eval_env,
-        ScriptedTeacher(arm.task, **arm.teacher),
-        episodes=args.episodes,
-        seeds=seeds,
-    )
+    teacher = evaluate(eval_env, expert, episodes=args.episodes, seeds=seeds)
     print(f"    success {teacher.success_once}", flush=True)
 
     print(f"2/3 training RPD for {arm.frames:,} steps ...", flush=True)

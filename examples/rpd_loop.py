@@ -30,7 +30,7 @@ from torchrl_rpd.envs import ManiSkillEnv
 from torchrl_rpd.evaluation import evaluate
 from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
 from torchrl_rpd.students import mlp_actor_critic
-from torchrl_rpd.teachers import ScriptedTeacher
+from torchrl_rpd.teachers import ScriptedTeacher, check_teacher
 from torchrl_rpd.transforms import TeacherActionTransform
 
 
@@ -49,14 +49,14 @@ def main() -> None:
     # 1. The environment, and in it the teacher that labels every frame once.
     # (With num_workers=2 the simulators run in two processes.)
     num_envs, steps = 16, 50
-    teacher = TeacherActionTransform(ScriptedTeacher(args.task, jitter=0.3))
-    teacher.enabled = args.coeff > 0
-    env = TransformedEnv(
-        ManiSkillEnv(
-            args.task, num_envs=num_envs, reward_mode="sparse", fast_controller=True
-        ),
-        Compose(StepCounter(), teacher),
+    simulators = ManiSkillEnv(
+        args.task, num_envs=num_envs, reward_mode="sparse", fast_controller=True
     )
+    expert = ScriptedTeacher(args.task, jitter=0.3)
+    print(check_teacher(expert, simulators))  # raises if it cannot be right
+    teacher = TeacherActionTransform(expert)
+    teacher.enabled = args.coeff > 0
+    env = TransformedEnv(simulators, Compose(StepCounter(), teacher))
     env.set_seed(args.seed)
 
     # 2. The student.
@@ -76,7 +76,7 @@ def main() -> None:
         critic_coeff=0.25,
         normalize_advantage=True,
     )
-    gae = FiniteHorizonGAE(gamma=0.99, lmbda=0.9, value_network=student.critic)
+    gae = FiniteHorizonGAE(gamma=0.99, lmbda=0.9, value_network=student.value_network)
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4, eps=1e-5)
 
     # 4. Collect, then eight epochs of minibatches.

@@ -26,7 +26,7 @@ from torchrl_rpd.envs import ManiSkillEnv
 from torchrl_rpd.evaluation import evaluate
 from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
 from torchrl_rpd.students import mlp_actor_critic
-from torchrl_rpd.teachers import ScriptedTeacher
+from torchrl_rpd.teachers import ScriptedTeacher, check_teacher
 from torchrl_rpd.trainers import (
     DistillCoeffSchedule,
     EvaluationHook,
@@ -64,7 +64,10 @@ def main() -> None:
             fast_controller=True,
         )
 
-    teacher = TeacherActionTransform(ScriptedTeacher(args.task, jitter=0.3))
+    eval_env = make_env()
+    expert = ScriptedTeacher(args.task, jitter=0.3)
+    print(check_teacher(expert, eval_env))  # raises if it cannot be right
+    teacher = TeacherActionTransform(expert)
     env = TransformedEnv(make_env(), Compose(StepCounter(), RewardSum(), teacher))
     env.set_seed(args.seed)
     student = mlp_actor_critic(
@@ -93,7 +96,7 @@ def main() -> None:
         gae=FiniteHorizonGAE(
             gamma=0.8,
             lmbda=0.9,
-            value_network=student.critic,
+            value_network=student.value_network,
             bootstrap_at_done="always",
         ),
         total_frames=args.frames,
@@ -116,7 +119,6 @@ def main() -> None:
     LogEpisodes().register(trainer)
     LogTeacher(teacher).register(trainer)
     ObservationNormUpdate(student.observation_norm).register(trainer)
-    eval_env = make_env()
     EvaluationHook(
         eval_env, student.actor, interval=args.frames // 4, episodes=32, seeds=1_000_000
     ).register(trainer)

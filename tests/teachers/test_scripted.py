@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 
 import pytest
 import torch
-from scripted_states import COLUMNS, TASKS, ask, random_states, state
+from scripted_states import COLUMNS, CUBE_TASKS, TASKS, ask, random_states, state
 from tensordict import TensorDict
 
 from torchrl_rpd.teachers import ScriptedTeacher
@@ -130,6 +131,116 @@ class TestStack:
         assert action.tolist() == [0.0] * 6 + [1.0]
 
 
+class TestLiftPeg:
+    """The peg lies along x; its far end is the one to hold, 90 mm from its middle."""
+
+    TASK = "LiftPegUpright-v1"
+
+    def action(self, tcp, *, angle=0.0, middle=(0.0, 0.0, 0.025), fingers=0.04):
+        """The peg tilted by ``angle``, its far end up."""
+        obs = state(self.TASK, tcp=tcp, cube=middle, fingers=fingers)
+        # about x by 90 degrees (as it lies at the start), then about -y by ``angle``
+        half, quarter = angle / 2, math.pi / 4
+        tilt = (math.cos(half), 0.0, -math.sin(half), 0.0)
+        roll = (math.cos(quarter), math.sin(quarter), 0.0, 0.0)
+        obs[28:32] = torch.tensor(multiply(tilt, roll))
+        return ask(ScriptedTeacher(self.TASK), obs)
+
+    def test_goes_over_the_far_end_with_an_open_hand(self):
+        action = self.action((0.09, 0.0, 0.06))
+        # straight above: 1.5 * (0.025 - 0.06) / 0.1
+        expected = torch.tensor([0.0, 0, -0.525, 0, 0, 0, 1])
+        torch.testing.assert_close(action, expected, atol=1e-6, rtol=0)
+
+    def test_presses_gently_and_lifts_once_it_holds(self):
+        touching = self.action((0.09, 0.0, 0.025), fingers=0.03)
+        torch.testing.assert_close(touching[6], torch.tensor(0.2), atol=1e-6, rtol=0)
+        assert touching[:3].abs().max() < 1e-5  # not before the fingers have closed
+        action = self.action((0.09, 0.0, 0.025), fingers=0.025)
+        # 0.3 rad on, 0.21 m from the near end at -0.12 and half the peg's width up:
+        # x = -0.12 + 0.21 cos 0.3 = 0.0806, z = 0.21 sin 0.3 + 0.025 cos 0.3 = 0.0859
+        # 15 * (0.0806 - 0.09) = -0.141, 15 * (0.0859 - 0.025) = 0.914
+        expected = torch.tensor([-0.141, 0, 0.914, 0, 0, 0, 0.2])
+        torch.testing.assert_close(action, expected, atol=2e-3, rtol=0)
+
+    def test_leads_the_held_end_past_the_top(self):
+        middle = (0.0, 0.0, 0.12)
+        # upright the direction of the tilt is lost; only the height is left to hold:
+        # 0.21 sin(pi/2 + 0.3) = 0.2006: 15 * (0.2006 - 0.21) = -0.141
+        action = self.action(
+            (0.0, 0.0, 0.21), angle=math.pi / 2, middle=middle, fingers=0.025
+        )
+        expected = torch.tensor([0.0, 0, -0.141, 0, 0, 0, 0.3])
+        torch.testing.assert_close(action, expected, atol=2e-3, rtol=0)
+
+    def test_goal_offset_raises_the_hand(self):
+        obs = state(self.TASK, tcp=(0.09, 0, 0.025), cube=(0, 0, 0.025), fingers=0.025)
+        plain = ask(ScriptedTeacher(self.TASK), obs)
+        high = ask(ScriptedTeacher(self.TASK, goal_offset=(0.5, 0.5, -0.02)), obs)
+        # 15 * 0.02 lower; the peg may stand anywhere, so x and y do not count
+        torch.testing.assert_close(plain[2] - high[2], torch.tensor(0.3))
+        assert plain[:2].equal(high[:2])
+
+
+def multiply(a, b):
+    """Product of two quaternions, w first."""
+    w, x, y, z = a
+    p, q, r, s = b
+    return (
+        w * p - x * q - y * r - z * s,
+        w * q + x * p + y * s - z * r,
+        w * r - x * s + y * p + z * q,
+        w * s + x * r - y * q + z * p,
+    )
+
+
+class TestRollBall:
+    """The arm stands at (-0.1, 1.0) and looks along -y: its x is -y, its y is x."""
+
+    TASK = "RollBall-v1"
+    GOAL = (-0.1, -0.8, 0.0)
+
+    def action(self, tcp, *, ball, fingers, speed=0.0):
+        obs = state(self.TASK, tcp=tcp, cube=ball, goal=self.GOAL, fingers=fingers)
+        obs[36] = -speed  # along -y
+        return ask(ScriptedTeacher(self.TASK), obs)
+
+    def test_turns_into_the_frame_of_the_arm(self):
+        # hand straight above would be x = -0.1, y = 0.6; it is 0.02 off along each
+        action = self.action((-0.08, 0.62, 0.2), ball=(-0.1, 0.6, 0.035), fingers=0.04)
+        # 20 mm towards -y is +x of the arm: 15 * 0.02; towards -x is -y
+        torch.testing.assert_close(action[:2], torch.tensor([0.3, -0.3]))
+        assert action[2] < 0 and action[6] == 1
+
+    def test_sweeps_towards_the_goal_while_it_holds(self):
+        at = (-0.1, 0.6, 0.04)
+        action = self.action(at, ball=at, fingers=0.034)
+        # straight ahead at full speed, at this height, fingers closed on the ball
+        expected = torch.tensor([1.0, 0, 0, 0, 0, 0, 0.2])
+        torch.testing.assert_close(action, expected, atol=1e-5, rtol=0)
+
+    def test_lets_go_on_the_way(self):
+        # the arm's x of -0.03 is y = 1.0 - 0.615 + 0.03
+        at = (-0.1, 0.415, 0.04)
+        held = self.action(at, ball=at, fingers=0.034, speed=0.7)
+        assert held[6] == 1 and held[0] == 1
+        loose = self.action(at, ball=at, fingers=0.037, speed=0.7)
+        # rises at the speed of the ball: 0.7 m/s along the arm's x
+        expected = torch.tensor([1.0, 0, 1, 0, 0, 0, 1])
+        torch.testing.assert_close(loose, expected, atol=1e-5, rtol=0)
+
+    def test_rests_above_the_rolling_ball(self):
+        action = self.action(
+            (-0.1, 0.3, 0.12), ball=(-0.1, 0.2, 0.035), fingers=0.04, speed=0.6
+        )
+        expected = torch.tensor([0.0] * 6 + [1.0])
+        torch.testing.assert_close(action, expected, atol=1e-6, rtol=0)
+
+    def test_takes_a_ball_that_stopped_again(self):
+        action = self.action((-0.1, 0.4, 0.12), ball=(-0.1, 0.35, 0.035), fingers=0.04)
+        assert action[0] > 0 and action[6] == 1
+
+
 @pytest.mark.parametrize("task", TASKS)
 class TestEveryTask:
     def test_range_and_no_rotation(self, task):
@@ -137,14 +248,6 @@ class TestEveryTask:
         assert bool(action.isfinite().all()) and action.abs().max() <= 1
         assert not action[:, 3:6].any()
         assert action[:, :3].std(0).min() > 0.1
-
-    def test_commands_stay_within_reach(self, task):
-        """A command that no joint position answers would leave the arm standing."""
-        obs = state(task, tcp=(0.15, 0.0, 0.12), cube=(0.5, 0.0, 0.12), goal=(1, 0, 0))
-        action = ask(ScriptedTeacher(task), obs)
-        wanted = 0.15 + 0.1 * action[0].item()
-        # level with the shoulder (0.123 m): base at -0.615, 0.088 + 0.71 m of arm
-        assert wanted <= -0.615 + 0.088 + 0.71 + 1e-3
 
     def test_no_jumps(self, task):
         """A micrometre never changes an action by more than a thousandth."""
@@ -181,6 +284,16 @@ class TestEveryTask:
         size = COLUMNS[task][3]
         with pytest.raises(ValueError, match=rf"{task}.* {size} .*tcp_pose.*\(2, 34\)"):
             ask(ScriptedTeacher(task), torch.zeros(2, 34))
+
+
+@pytest.mark.parametrize("task", CUBE_TASKS)
+def test_commands_stay_within_reach(task):
+    """A command that no joint position answers would leave the arm standing."""
+    obs = state(task, tcp=(0.15, 0.0, 0.12), cube=(0.5, 0.0, 0.12), goal=(1, 0, 0))
+    action = ask(ScriptedTeacher(task), obs)
+    wanted = 0.15 + 0.1 * action[0].item()
+    # level with the shoulder (0.123 m): base at -0.615, 0.088 + 0.71 m of arm
+    assert wanted <= -0.615 + 0.088 + 0.71 + 1e-3
 
 
 def test_observation_is_left_alone():

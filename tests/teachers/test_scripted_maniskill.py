@@ -28,7 +28,7 @@ def successes(task: str, *, seed: int, **flaws) -> int:
     for _ in range(ROUNDS):
         td = env.reset()
         success = torch.zeros(NUM_ENVS, dtype=torch.bool)
-        for _ in range(50):
+        for _ in range(80 if task == "RollBall-v1" else 50):
             td["action"] = teacher(td)["vla_action", "chunk"][:, 0]
             # what an env does after its first success is not looked at
             td = env.step(td)["next"].select("observation", "episode_seed", "success")
@@ -46,6 +46,13 @@ def successes(task: str, *, seed: int, **flaws) -> int:
 def test_perfect_teacher_succeeds(task):
     # measured over 192 episodes: 1.0, 1.0, 1.0 and 0.99
     assert successes(task, seed=7000) >= EPISODES - 1
+
+
+@pytest.mark.parametrize("task", ["LiftPegUpright-v1", "RollBall-v1"])
+def test_perfect_teacher_of_the_harder_tasks(task):
+    # measured over 100 episodes: 1.00 and 0.95; with 0.88, the lower end of the second
+    # interval, fewer than 13 of 20 have a probability below 0.01
+    assert successes(task, seed=7000) >= 13
 
 
 def test_goal_seen_too_high_costs_success():

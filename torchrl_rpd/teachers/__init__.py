@@ -6,6 +6,23 @@
 
 from __future__ import annotations
 
+from torchrl_rpd.teachers.check import (
+    TeacherCheckError,
+    TeacherReport,
+    check_teacher,
+)
+from torchrl_rpd.teachers.checkpoints import CHECKPOINTS, Checkpoint
+from torchrl_rpd.teachers.octo import OctoTeacher
+from torchrl_rpd.teachers.openvla import OpenVLATeacher
 from torchrl_rpd.teachers.scripted import ScriptedTeacher
 
-__all__ = ["ScriptedTeacher"]
+__all__ = [
+    "CHECKPOINTS",
+    "Checkpoint",
+    "OctoTeacher",
+    "OpenVLATeacher",
+    "ScriptedTeacher",
+    "TeacherCheckError",
+    "TeacherReport",
+    "check_teacher",
+]

@@ -32,6 +32,12 @@ _BASE_X = -0.615
 _SHOULDER_Z = 0.123
 _WRIST = 0.088
 _STRETCH = 0.71
+# The peg: half its length and half its width; where it is held, from its middle.
+_PEG_HALF = 0.12
+_PEG_RADIUS = 0.025
+_PEG_HOLD = 0.09
+# RollBall's arm stands elsewhere: the position of its base, which looks along -y.
+_BALL_BASE = (-0.1, 1.0)
 
 
 def _ramp(x: Tensor, low: float, high: float) -> Tensor:
@@ -147,9 +153,102 @@ def stack_cube(scene: Scene) -> Tensor:
     return _action(scene, arm, gripper + placed * (1.0 - gripper))
 
 
+def lift_peg_upright(scene: Scene) -> Tensor:
+    """Hold the peg near its far end and lead that end up, the other one as the pivot.
+
+    The hand does not turn: the peg turns in the fingers, which therefore press just
+    hard enough to carry it, and less hard the more of it stands on the table.
+    """
+    assert scene.axis is not None
+    hold = scene.cube + _PEG_HOLD * scene.axis
+    pivot = scene.cube - _PEG_HALF * scene.axis
+    aside = _norm((hold - scene.tcp)[..., :2])
+    away = _norm(hold - scene.tcp)
+    reach = _towards(scene.tcp, _above(hold, 0.08 * _ramp(aside, 0.018, 0.06)))
+
+    # a point further along the circle that the hand moves on, past the top at the end
+    flat, up = scene.axis[..., :2], scene.axis[..., 2:]
+    level = _norm(flat)
+    angle = torch.atan2(up, level) + 0.3
+    radius = _PEG_HALF + _PEG_HOLD
+    forward = radius * torch.cos(angle) * flat / level.clamp_min(0.1)
+    rest = _PEG_RADIUS * torch.cos(angle).clamp_min(0.0)
+    height = radius * torch.sin(angle) + rest + scene.goal[..., 2:] - _PEG_HALF
+    lead = _towards(scene.tcp, torch.cat([pivot[..., :2] + forward, height], -1))
+
+    fingers = scene.fingers.mean(-1, keepdim=True)
+    between = 1.0 - _ramp(away, 0.03, 0.045)
+    held = between * (1.0 - _ramp(fingers, 0.0258, 0.0275))
+    closing = torch.maximum(
+        1.0 - _ramp(away, 0.012, 0.024), between * (1.0 - _ramp(fingers, 0.030, 0.036))
+    )
+    press = 0.2 + 0.1 * _ramp(up, 0.5, 0.8)
+    arm = reach + held * (lead - reach)
+    return _action(scene, arm, 1.0 + closing * (press - 1.0))
+
+
+def _as_seen_from_the_arm(scene: Scene) -> Scene:
+    """RollBall in the frame of the other tasks: base at ``_BASE_X``, looking along x."""
+    assert scene.velocity is not None
+    x, y = _BALL_BASE
+
+    def turn(v: Tensor) -> Tensor:
+        return torch.stack([-v[..., 1], v[..., 0], v[..., 2]], -1)
+
+    def move(position: Tensor) -> Tensor:
+        return turn(position) + position.new_tensor((_BASE_X + y, -x, 0.0))
+
+    return scene._replace(
+        tcp=move(scene.tcp),
+        cube=move(scene.cube),
+        goal=move(scene.goal),
+        velocity=turn(scene.velocity),
+    )
+
+
+def roll_ball(scene: Scene) -> Tensor:
+    """Grasp the ball, sweep it towards the goal and let go on the way.
+
+    A push from behind would have to start closer to the base than the arm can fold.
+    """
+    scene = _as_seen_from_the_arm(scene)
+    assert scene.velocity is not None
+    aside = _norm((scene.cube - scene.tcp)[..., :2])
+    away = _norm(scene.cube - scene.tcp)
+    reach = _towards(scene.tcp, _above(scene.cube, 0.08 * _ramp(aside, 0.018, 0.06)))
+
+    to_goal = (scene.goal - scene.cube)[..., :2]
+    ahead = to_goal / _norm(to_goal).clamp_min(0.1)
+    # 5 mm above the table, over which the ball would otherwise be dragged
+    level = _GAIN / _UNIT * (0.04 - scene.tcp[..., 2:])
+    sweep = torch.cat([ahead, level.clamp(-1.0, 1.0)], -1)
+
+    fingers = scene.fingers.mean(-1, keepdim=True)
+    between = 1.0 - _ramp(aside, 0.03, 0.05)
+    held = between * (1.0 - _ramp(fingers, 0.0365, 0.0385))
+    closing = torch.maximum(
+        1.0 - _ramp(away, 0.012, 0.024),
+        between * (1.0 - _ramp(fingers, 0.0365, 0.039)),
+    )
+    moving = _ramp(scene.velocity[..., :1], 0.15, 0.3)
+    arm = reach + torch.maximum(held, between * moving) * (sweep - reach)
+
+    # Let go where the arm can still go along: the hand rises out of the rolling ball
+    # at the ball's own speed (0.7 m/s is what an action of 1 comes to), then rests.
+    let_go = moving * _ramp(scene.cube[..., :1], -0.05, -0.03)
+    loose = let_go * _ramp(fingers, 0.0355, 0.037)
+    along = scene.velocity[..., :2] / 0.7
+    arm = arm + loose * (torch.cat([along, torch.ones_like(loose)], -1) - arm)
+    arm = arm * (1.0 - moving * _ramp(scene.tcp[..., 2:], 0.09, 0.12))
+    gripper = 1.0 + closing * (1.0 - let_go) * (0.2 - 1.0)
+    return _action(scene, arm, gripper)
+
+
 CONTROLLERS: dict[str, Callable[[Scene], Tensor]] = {
     "PushCube-v1": push_cube,
     "PullCube-v1": pull_cube,
     "PickCube-v1": pick_cube,
     "StackCube-v1": stack_cube,
+    "LiftPegUpright-v1": lift_peg_upright,
+    "RollBall-v1": roll_ball,
 }

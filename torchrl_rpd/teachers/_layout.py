@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["LAYOUTS", "Scene", "StateLayout"]
@@ -19,26 +20,31 @@ class Scene(NamedTuple):
 
     tcp: Tensor  # [*B, 3] tool centre point, between the finger tips
     fingers: Tensor  # [*B, 2] opening of each finger, 0 to 0.04
-    cube: Tensor  # [*B, 3]
-    goal: Tensor  # [*B, 3]: where the cube's centre shall be
-    grasped: Tensor | None  # [*B, 1], 1.0 or 0.0; None where the task does not say
+    cube: Tensor  # [*B, 3] centre of the object: cube, peg or ball
+    goal: Tensor  # [*B, 3]: where the object's centre shall be
+    grasped: Tensor | None = None  # [*B, 1], 1.0 or 0.0, where the task says it
+    axis: Tensor | None = None  # [*B, 3] the peg's long axis, a unit vector
+    velocity: Tensor | None = None  # [*B, 3] of the ball, m/s
 
 
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
     """Columns of one task's flat state (``qpos`` 0:9 and ``qvel`` 9:18 come first).
 
-    ``tcp``, ``cube`` and ``goal`` are the first columns of positions. Source: the
-    tasks' ``_get_obs_extra`` in ManiSkill 3.0.1.
+    ``tcp``, ``cube`` (the object: cube, peg or ball) and ``goal`` are the first columns
+    of positions, ``goal`` None where the object may end anywhere, ``goal_height`` above
+    the table. Source: the tasks' ``_get_obs_extra`` in ManiSkill 3.0.1.
     """
 
     size: int
     names: str
     tcp: int
     cube: int
-    goal: int
+    goal: int | None
     goal_height: float = 0.0
     grasped: int | None = None
+    quaternion: int | None = None
+    velocity: int | None = None
 
     def scene(self, observation: Tensor) -> Scene:
         """Cut ``[*B, size]`` into a :class:`Scene`."""
@@ -46,16 +52,32 @@ class StateLayout:
         def cut(start: int, width: int) -> Tensor:
             return observation[..., start : start + width]
 
-        goal = cut(self.goal, 3)
-        if self.goal_height:
-            goal = goal + goal.new_tensor((0.0, 0.0, self.goal_height))
+        def find(start: int | None, width: int) -> Tensor | None:
+            return None if start is None else cut(start, width)
+
+        cube = cut(self.cube, 3)
+        if self.goal is None:
+            goal = cube * cube.new_tensor((1.0, 1.0, 0.0))
+        else:
+            goal = cut(self.goal, 3)
+        quaternion = find(self.quaternion, 4)
         return Scene(
             tcp=cut(self.tcp, 3),
             fingers=cut(7, 2),
-            cube=cut(self.cube, 3),
-            goal=goal,
-            grasped=None if self.grasped is None else cut(self.grasped, 1),
+            cube=cube,
+            goal=goal + goal.new_tensor((0.0, 0.0, self.goal_height)),
+            grasped=find(self.grasped, 1),
+            axis=None if quaternion is None else _x_axis(quaternion),
+            velocity=find(self.velocity, 3),
         )
+
+
+def _x_axis(quaternion: Tensor) -> Tensor:
+    """Where a rotation (unit quaternions, w first) takes the x axis."""
+    w, x, y, z = quaternion.unbind(-1)
+    return torch.stack(
+        [1.0 - 2.0 * (y * y + z * z), 2.0 * (x * y + w * z), 2.0 * (x * z - w * y)], -1
+    )
 
 
 _JOINTS = "qpos 0:9, qvel 9:18, "
@@ -87,5 +109,24 @@ LAYOUTS: dict[str, StateLayout] = {
         # cube A's place is one cube (2 x 20 mm) above cube B
         goal=32,
         goal_height=0.04,
+    ),
+    "LiftPegUpright-v1": StateLayout(
+        size=32,
+        names=_JOINTS + "tcp_pose 18:25, obj_pose 25:32",
+        tcp=18,
+        cube=25,
+        quaternion=28,
+        goal=None,
+        # upright on the table: half the peg's length
+        goal_height=0.12,
+    ),
+    "RollBall-v1": StateLayout(
+        size=44,
+        names=_JOINTS + "tcp_pose 18:25, goal_pos 25:28, ball_pose 28:35, "
+        "ball_vel 35:38, tcp_to_ball_pos 38:41, ball_to_goal_pos 41:44",
+        tcp=18,
+        cube=28,
+        goal=25,
+        velocity=35,
     ),
 }

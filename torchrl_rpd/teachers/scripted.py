@@ -25,10 +25,11 @@ class ScriptedTeacher(TensorDictModuleBase):
 
     Stands in for a Vision-Language-Action model where a run must be cheap, exact and
     reproducible: it reads the simulator's state, needs no weights, and errs only as
-    asked. Tasks: ``PushCube-v1``, ``PullCube-v1``, ``PickCube-v1`` and
-    ``StackCube-v1`` of ManiSkill 3 with the Panda arm, state observations and the
-    control mode ``pd_ee_delta_pose``. The control mode cannot be seen in the data:
-    in any other mode these actions mean something else and the teacher fails.
+    asked. Tasks: ``PushCube-v1``, ``PullCube-v1``, ``PickCube-v1``, ``StackCube-v1``,
+    ``LiftPegUpright-v1`` and ``RollBall-v1`` of ManiSkill 3 with the Panda arm, state
+    observations and the control mode ``pd_ee_delta_pose``. The control mode cannot be
+    seen in the data: in any other mode these actions mean something else and the
+    teacher fails. How often it succeeds: ``benchmarks/results/scripted_success.md``.
 
     The teacher is memoryless and a pure function of its inputs. Noise is a hash of
     ``(seed, observation)``, an episode's offset a hash of ``(seed, episode_seed)``:
@@ -39,7 +40,7 @@ class ScriptedTeacher(TensorDictModuleBase):
     ``blind_region``, ``laziness``, ``jitter``, ``gripper_chatter``, ``random_action``.
 
     Args:
-        task_id (str): one of the four tasks.
+        task_id (str): one of the six tasks.
 
     Keyword Args:
         seed (int): seeds every random flaw. Defaults to ``0``.
@@ -53,10 +54,12 @@ class ScriptedTeacher(TensorDictModuleBase):
         laziness (float): share of every arm command that is left out: the arm
             dimensions are multiplied by ``1 - laziness``. In [0, 1). Defaults to
             ``0.0``.
-        cube_offset (sequence of float): constant (x, y, z) by which the cube is seen
-            displaced, metres, world frame. Defaults to ``(0, 0, 0)``.
+        cube_offset (sequence of float): constant (x, y, z) by which the cube (in
+            LiftPegUpright the peg, in RollBall the ball) is seen displaced, metres,
+            world frame. Defaults to ``(0, 0, 0)``.
         goal_offset (sequence of float): the same for the goal (in StackCube: the place
-            above cube B). Defaults to ``(0, 0, 0)``.
+            above cube B; in LiftPegUpright only the height counts). Defaults to
+            ``(0, 0, 0)``.
         cube_offset_std (float or sequence of float): standard deviation, in metres, of
             a further displacement of the cube that is redrawn per episode from
             N(0, std) on each axis. One float holds for x and y, with the height seen
@@ -68,13 +71,14 @@ class ScriptedTeacher(TensorDictModuleBase):
             inside, infinite bounds allowed. While the cube's true centre lies in it,
             the teacher does nothing: arm still, gripper open. Defaults to ``None``.
         observation_key (NestedKey): flat state, ``[*B, D]`` float32 with the task's
-            ``D`` (35, 35, 42, 48). Defaults to ``"observation"``.
+            ``D`` (35, 35, 42, 48, 32, 44). Defaults to ``"observation"``.
         episode_seed_key (NestedKey): ``[*B, 1]`` int64, constant within an episode.
             Read only where an offset is redrawn per episode. Defaults to
             ``"episode_seed"``.
         action_key (NestedKey): where to write the action, ``[*B, 1, 7]`` float32 in
-            [-1, 1]: three of position, three of rotation, the gripper (+1 open, -1
-            closed). Defaults to ``("vla_action", "chunk")``.
+            [-1, 1]: three of position, three of rotation (always 0), the gripper (+1
+            open, -1 closed; in between the fingers stop on their way). Defaults to
+            ``("vla_action", "chunk")``.
 
     Raises:
         ValueError: for an unknown task, a flaw outside its range, or (in the call) an

@@ -18,17 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import machine
 from examples.demo import DEMO, REPOSITORY, RESULTS, Arm, final_seeds, make_env, train
 from torchrl_rpd import set_learner_threads
 from torchrl_rpd.evaluation import Estimate, evaluate
@@ -146,28 +145,6 @@ def save(results: dict[str, Any]) -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(RESULTS)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    packages = ("torch", "torchrl", "tensordict", "mani_skill", "sapien", "numpy")
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":", 1)[1].strip()
-                break
-    from torchrl_rpd._threads import available_cpus
-
-    return {
-        "cpu": cpu,
-        "cores": available_cpus(),
-        "python": platform.python_version(),
-        "cuda": torch.cuda.is_available(),
-        **{package: version(package) for package in packages},
-    }
 
 
 def student_t(n: int) -> float:

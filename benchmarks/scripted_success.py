@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.machine import machine_line
 from torchrl_rpd import set_learner_threads
 from torchrl_rpd.envs import ManiSkillEnv
 from torchrl_rpd.evaluation import EvaluationResult, evaluate
@@ -86,8 +87,9 @@ def main() -> None:
             f"{args.envs} environments, seed {args.seed}. An episode ends at its first "
             "success. Wilson's intervals.\n\n"
             f"{table}\n"
-            "Command: `python -m benchmarks.scripted_success`"
-            f"{' --stock-controller' if args.stock_controller else ''}\n"
+            "Command: `python -m benchmarks.scripted_success"
+            f"{' --stock-controller' if args.stock_controller else ''} "
+            f"--out {args.out}`. Machine: {machine_line()}.\n"
         )
 
 

@@ -84,5 +84,13 @@ def test_benchmark_of_memory():
     assert "MiB per 100 resets" in out
 
 
+def test_benchmark_of_scripted_teachers():
+    out = run(
+        *("-m", "benchmarks.scripted_success", "--tasks", "PushCube-v1"),
+        *("--episodes", 2, "--envs", 2),
+    )
+    assert "| PushCube-v1 |" in out
+
+
 if __name__ == "__main__":
     pytest.main([__file__])

@@ -43,6 +43,7 @@ class TestImport:
     OPTIONAL = (
         "gym",
         "gymnasium",
+        "huggingface_hub",
         "hydra",
         "mani_skill",
         "matplotlib",

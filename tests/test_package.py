@@ -47,6 +47,7 @@ class TestImport:
         "hydra",
         "mani_skill",
         "matplotlib",
+        "msgpack",
         "omegaconf",
         "PIL",
         "safetensors",

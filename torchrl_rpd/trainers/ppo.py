@@ -110,7 +110,9 @@ def make_ppo_trainer(
         ...     collector=collector,
         ...     loss_module=loss,
         ...     optimizer=torch.optim.Adam(loss.parameters(), lr=3e-4),
-        ...     gae=FiniteHorizonGAE(gamma=0.8, lmbda=0.9, value_network=student.value_network),
+        ...     gae=FiniteHorizonGAE(
+        ...         gamma=0.8, lmbda=0.9, value_network=student.value_network
+        ...     ),
         ...     total_frames=16,
         ...     minibatch_size=4,
         ...     num_epochs=2,

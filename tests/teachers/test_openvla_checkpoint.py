@@ -385,7 +385,7 @@ def test_says_which_extra_is_missing(folder, monkeypatch):
 
 
 MEASURE_LOADING = """
-import json, resource, sys, warnings
+import json, re, sys, warnings
 from pathlib import Path
 import torch
 from torchrl_rpd.teachers.openvla import OpenVLATeacher
@@ -393,16 +393,19 @@ warnings.simplefilter("ignore")
 folder, warm_up = map(Path, sys.argv[1:3])
 options = {} if sys.argv[3] == "as saved" else {"dtype": getattr(torch, sys.argv[3])}
 OpenVLATeacher.from_pretrained(warm_up)  # imports
-before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def memory(entry):  # (getrusage counts what the parent of this process has used)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(entry + r":\\s+(\\d+) kB", status)[1])
+before = memory("VmRSS")
 teacher = OpenVLATeacher.from_pretrained(folder, **options)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = memory("VmHWM")
 model = sum(p.numel() * p.element_size() for p in teacher.parameters())
 print(json.dumps({"beyond": peak - before - model, "model": model}))
 """
 
 
 @pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="reads the memory from /proc"
+    not Path("/proc/self/status").exists(), reason="reads the memory from /proc"
 )
 @pytest.mark.parametrize(
     "dtype", ["as saved", pytest.param("float32", marks=pytest.mark.slow)]

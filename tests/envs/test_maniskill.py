@@ -368,10 +368,17 @@ class TestRefusals:
             ManiSkillWrapper([push, gym.make("PickCube-v1", **make)])
         with pytest.raises(ValueError, match="passed twice"):
             ManiSkillWrapper([push, push])
-        with pytest.raises(ValueError, match="obs_mode='state'"):
+        with pytest.raises(ValueError, match="observation mode"):
             ManiSkillWrapper(
-                gym.make("PushCube-v1", obs_mode="state_dict", render_backend="none")
+                [push, gym.make("PushCube-v1", **{**make, "obs_mode": "state_dict"})]
             )
+
+    def test_batches_that_observe_differently(self):
+        make = {"obs_mode": "state", "render_backend": "none"}
+        robots = ("panda", "fetch")
+        envs = [gym.make("PickCube-v1", robot_uids=r, **make) for r in robots]
+        with pytest.raises(ValueError, match=r"control mode|observe the same"):
+            ManiSkillWrapper(envs)
 
     def test_reward_mode_that_the_task_lacks(self):
         with pytest.raises(ValueError, match=r"PlugCharger-v1 has no.*'sparse'"):
@@ -386,12 +393,15 @@ class TestRefusals:
         [
             {"num_envs": 0},
             {"num_workers": 0},
-            {"sim_backend": "physx_cuda"},
-            {"obs_mode": "rgb"},
+            {"sim_backend": "physx"},
+            {"obs_mode": "pointcloud"},
+            {"camera": "main"},  # of states
+            {"render_backend": "none", "obs_mode": "rgb"},
+            {"extra_cameras": {"side": {"fov": 1.0}}},
         ],
     )
     def test_arguments(self, kwargs):
-        (name,) = kwargs
+        name = next(iter(kwargs))
         with pytest.raises(ValueError, match=name):
             ManiSkillEnv("PushCube-v1", **kwargs)
 

@@ -4,6 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 """ManiSkill3 environments for TorchRL."""
 
-from torchrl_rpd.envs.maniskill import ManiSkillEnv, ManiSkillWrapper
+from torchrl_rpd.envs.maniskill import ManiSkillEnv
+from torchrl_rpd.envs.tasks import TASKS, Task
+from torchrl_rpd.envs.wrapper import ManiSkillWrapper
 
-__all__ = ["ManiSkillEnv", "ManiSkillWrapper"]
+__all__ = ["TASKS", "ManiSkillEnv", "ManiSkillWrapper", "Task"]

@@ -46,9 +46,14 @@ def has_render_device() -> bool:
     created here would be inherited by forked workers. Takes under a second; the
     answer is kept for the life of the process. False when SAPIEN is not installed.
     """
+    return exits_well(_PROBE)
+
+
+def exits_well(code: str, *args: str) -> bool:
+    """Tells whether Python runs ``code`` in a child process without an error."""
     try:
-        probe = subprocess.run(
-            [sys.executable, "-c", _PROBE],
+        child = subprocess.run(
+            [sys.executable, "-c", code, *args],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -57,7 +62,7 @@ def has_render_device() -> bool:
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return probe.returncode == 0
+    return child.returncode == 0
 
 
 class _NotDrawn:

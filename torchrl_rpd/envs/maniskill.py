@@ -6,336 +6,35 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import warnings
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import ParallelEnv
-from torchrl.envs.common import _EnvPostInit, _EnvWrapper
-from torchrl.envs.utils import _classproperty
+from torchrl.envs.common import _EnvPostInit
 
 from torchrl_rpd._threads import available_cpus
-from torchrl_rpd.envs._seeds import EpisodeSeeds
-
-_has_mani_skill = importlib.util.find_spec("mani_skill") is not None
-
-# gymnasium wrappers that change nothing that the adapter reads: it talks to the
-# unwrapped environment and counts the steps itself.
-_TRANSPARENT_WRAPPERS = ("TimeLimitWrapper", "OrderEnforcing", "PassiveEnvChecker")
+from torchrl_rpd.envs._build import (
+    Size,
+    camera_settings,
+    check_task,
+    choose_sim_backend,
+    height_width,
+    make,
+    with_pose,
+)
+from torchrl_rpd.envs._rendering import choose_render_backend
+from torchrl_rpd.envs._scene import TEACHER_CAMERA, SceneChanges
+from torchrl_rpd.envs._unwrap import require_mani_skill
+from torchrl_rpd.envs._views import CameraArgument, ObsMode, camera_names
+from torchrl_rpd.envs.tasks import TASKS
+from torchrl_rpd.envs.wrapper import ManiSkillWrapper
 
 RewardMode = Literal["normalized_dense", "dense", "sparse", "none"]
 
-
-def _require_mani_skill() -> None:
-    if not _has_mani_skill:
-        raise ImportError(
-            "ManiSkill was not found. Install it with: "
-            "pip install 'torchrl_rpd[maniskill]'"
-        )
-
-
-def _unwrap(env: Any) -> tuple[Any, int | None]:
-    """Returns the ManiSkill environment in ``env`` and its time limit."""
-    _require_mani_skill()
-    from mani_skill.envs.sapien_env import BaseEnv
-
-    limit = None
-    layer = env
-    while not isinstance(layer, BaseEnv):
-        name = type(layer).__name__
-        if name == "ManiSkillVectorEnv":
-            raise ValueError(
-                "ManiSkillVectorEnv resets finished environments by itself, which loses "
-                "their terminal observations. TorchRL drives the resets: pass what "
-                "gym.make(...) returned, without ManiSkillVectorEnv."
-            )
-        if not hasattr(layer, "env"):
-            raise TypeError(
-                f"Expected a ManiSkill environment made by gym.make(...), got "
-                f"{type(env).__name__}, which holds none. For other gym environments use "
-                "torchrl.envs.GymWrapper."
-            )
-        if name not in _TRANSPARENT_WRAPPERS:
-            raise ValueError(
-                f"The gymnasium wrapper {name} would be bypassed: ManiSkillWrapper talks "
-                "to the ManiSkill environment itself. Pass the environment without it "
-                "and use a TorchRL transform instead."
-            )
-        if limit is None:
-            limit = getattr(layer, "_max_episode_steps", None)
-        layer = layer.env
-    if limit is None and layer.spec is not None:
-        limit = layer.spec.max_episode_steps
-    return layer, limit
-
-
-class ManiSkillWrapper(_EnvWrapper):
-    """TorchRL adapter for ManiSkill3 environments that were built before.
-
-    On CPU a ManiSkill environment simulates one scene (``num_envs=1``); a batch of ``N``
-    is made of ``N`` of them that are stepped in this process. The batch size is always
-    ``[N]``, also for one environment.
-
-    What it writes:
-
-    - ``observation`` ``[N, D]`` float32: ManiSkill's flat state.
-    - ``reward`` ``[N, 1]`` float32; ``terminated`` (success or failure), ``truncated``
-      (time limit) and ``done`` ``[N, 1]`` bool.
-    - ``success`` and, where the task has it, ``fail`` ``[N, 1]`` bool.
-    - ``episode_seed`` ``[N, 1]`` int64: ``reset(seed=this)`` of plain ManiSkill gives
-      this episode again. An environment that plays the same episodes with the same
-      actions agrees bit for bit; PhysX keeps a trace of earlier contacts, so that a
-      *fresh* environment may differ by rounding from the first contact on.
-
-    Resets follow TorchRL's ``"_reset"`` mask; the terminal observation of an episode
-    stays in ``("next", "observation")``. Every reset passes an explicit seed, drawn from
-    one stream per environment. :meth:`set_seed` restarts the streams (environment 0 gets
-    the seed itself, the others what ManiSkill derives from it); the new streams are used
-    from each environment's next reset on. Torch's global random number generator is
-    neither read nor moved.
-
-    Args:
-        env: what ``gym.make(task_id, num_envs=1, ...)`` returned, or a sequence of ``N``
-            such environments of the same task.
-
-    Keyword Args:
-        max_episode_steps (int, optional): time limit in control steps. Defaults to the
-            one of the environment's gymnasium registration.
-
-    Raises:
-        TypeError: if ``env`` is no ManiSkill environment.
-        ValueError: if ``env`` resets itself (``ManiSkillVectorEnv``), if another wrapper
-            would be bypassed, or if the environments of a batch differ.
-
-    ManiSkill3: Tao et al., `arXiv:2410.00425 <https://arxiv.org/abs/2410.00425>`_.
-
-    Examples:
-        >>> import gymnasium as gym
-        >>> import mani_skill.envs
-        >>> from torchrl_rpd.envs import ManiSkillEnv, ManiSkillWrapper
-        >>> env = ManiSkillEnv("PushCube-v1", num_envs=2)  # builds and wraps
-        >>> base = gym.make("PushCube-v1", obs_mode="state", render_backend="none")
-        >>> env = ManiSkillWrapper(base)
-        >>> env.rollout(3)["observation"].shape
-        torch.Size([1, 3, 35])
-    """
-
-    git_url = "https://github.com/haosulab/ManiSkill"
-    libname = "mani_skill"
-    is_closed: bool
-
-    @_classproperty
-    def lib(cls) -> Any:
-        """The ``mani_skill`` package."""
-        _require_mani_skill()
-        return importlib.import_module("mani_skill")
-
-    @_classproperty
-    def available_envs(cls) -> list[str]:
-        """The ids of the registered ManiSkill tasks."""
-        if not _has_mani_skill:
-            return []
-        importlib.import_module("mani_skill.envs")
-        registration = importlib.import_module("mani_skill.utils.registration")
-        return sorted(registration.REGISTERED_ENVS)
-
-    def __init__(
-        self,
-        env: Any = None,
-        *,
-        max_episode_steps: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if env is None:
-            raise TypeError("ManiSkillWrapper needs a ManiSkill environment.")
-        envs = list(env) if isinstance(env, Sequence) else [env]
-        if not envs:
-            raise ValueError("ManiSkillWrapper needs at least one environment.")
-        unwrapped, limits = zip(*(_unwrap(e) for e in envs), strict=True)
-        self._check_batch(unwrapped)
-        self._max_episode_steps = (
-            max_episode_steps if max_episode_steps is not None else limits[0]
-        )
-        self._seeds = EpisodeSeeds(len(envs))
-        super().__init__(
-            env=list(unwrapped),
-            device=torch.device("cpu"),
-            batch_size=torch.Size([len(envs)]),
-            **kwargs,
-        )
-
-    @staticmethod
-    def _check_batch(envs: Sequence[Any]) -> None:
-        if len({id(e) for e in envs}) != len(envs):
-            raise ValueError("The same environment was passed twice.")
-        for e in envs:
-            if e.num_envs != 1 or e.device.type != "cpu":
-                raise ValueError(
-                    "This version steps CPU environments with num_envs=1: pass a list "
-                    f"of them. Got num_envs={e.num_envs} on {e.device}."
-                )
-            if e.obs_mode != "state":
-                raise ValueError(
-                    "This version reads obs_mode='state' (a flat vector), got "
-                    f"{e.obs_mode!r}. Build the environment with obs_mode='state'."
-                )
-        kinds = {
-            (type(e).__name__, e.control_mode, e.reward_mode, e._init_raw_obs.shape)
-            for e in envs
-        }
-        if len(kinds) > 1:
-            raise ValueError(
-                "All environments of a batch must have the same task, control mode and "
-                f"reward mode, got {sorted(map(str, kinds))}."
-            )
-
-    def _check_kwargs(self, kwargs: dict) -> None:
-        unknown = set(kwargs) - {"env"}
-        if unknown:
-            raise TypeError(f"Unexpected arguments: {sorted(unknown)}.")
-
-    def _build_env(self, env: list[Any]) -> list[Any]:
-        return env
-
-    def _init_env(self) -> int | None:
-        return None
-
-    def __getattr__(self, attr: str) -> Any:
-        # _EnvWrapper forwards to self._env, which is a list here: forward to the first
-        # environment instead, since all are of one kind.
-        if attr.startswith("__") or "_env" not in self.__dict__:
-            raise AttributeError(attr)
-        return getattr(self._env[0], attr)
-
-    def _make_specs(self, env: list[Any]) -> None:
-        shape = self.batch_size
-        flag = Categorical(n=2, shape=(*shape, 1), dtype=torch.bool)
-        info = env[0].get_info()
-        self._flags = tuple(key for key in ("success", "fail") if key in info)
-        obs = env[0]._init_raw_obs
-        self.observation_spec = Composite(
-            observation=Unbounded(shape=(*shape, obs.shape[-1]), dtype=torch.float32),
-            episode_seed=Unbounded(shape=(*shape, 1), dtype=torch.int64),
-            **{key: flag.clone() for key in self._flags},
-            shape=shape,
-        )
-        space = env[0].single_action_space
-        self.action_spec = Bounded(
-            low=torch.as_tensor(space.low).expand(*shape, *space.shape),
-            high=torch.as_tensor(space.high).expand(*shape, *space.shape),
-            shape=(*shape, *space.shape),
-            dtype=torch.float32,
-        )
-        self.reward_spec = Unbounded(shape=(*shape, 1), dtype=torch.float32)
-        self.done_spec = Composite(
-            done=flag.clone(),
-            terminated=flag.clone(),
-            truncated=flag.clone(),
-            shape=shape,
-        )
-        zeros = torch.zeros(*shape, 1, dtype=torch.bool)
-        # What the environments show now; a partial reset returns all rows.
-        self._current: dict[str, torch.Tensor] = {
-            "observation": torch.cat([e._init_raw_obs for e in env]).float(),
-            "episode_seed": torch.zeros(*shape, 1, dtype=torch.int64),
-            **dict.fromkeys(self._flags, zeros),
-        }
-
-    def _reset(
-        self, tensordict: TensorDictBase | None = None, **kwargs: Any
-    ) -> TensorDictBase:
-        if kwargs:
-            raise TypeError(
-                f"Unexpected reset arguments: {sorted(kwargs)}. Seeds are set with "
-                "env.set_seed(seed)."
-            )
-        mask = None if tensordict is None else tensordict.get("_reset", None)
-        rows = range(len(self._env))
-        if mask is not None:
-            rows = mask.reshape(-1).nonzero().squeeze(-1).tolist()
-        current = {key: value.clone() for key, value in self._current.items()}
-        for i in rows:
-            seed = self._seeds.draw(i)
-            obs, info = self._env[i].reset(seed=seed)
-            current["observation"][i] = obs[0]
-            current["episode_seed"][i] = seed
-            for key in self._flags:
-                current[key][i] = info[key]
-        self._current = current
-        return TensorDict(current, batch_size=self.batch_size)
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        action = tensordict.get(self.action_key)
-        obs, reward, elapsed = [], [], []
-        flags: dict[str, list[torch.Tensor]] = {key: [] for key in self._flags}
-        for env, act in zip(self._env, action.split(1), strict=True):
-            # ManiSkill's terminated is success | fail, read from info below; its own
-            # truncated is always False without gymnasium's time limit.
-            o, r, _, _, info = env.step(act)
-            obs.append(o)
-            reward.append(r)
-            elapsed.append(env.elapsed_steps)
-            for key in self._flags:
-                flags[key].append(info[key])
-        self._current = {
-            "observation": torch.cat(obs),
-            "episode_seed": self._current["episode_seed"],
-            **{key: torch.cat(f).reshape(-1, 1) for key, f in flags.items()},
-        }
-        terminated = torch.zeros(len(obs), 1, dtype=torch.bool)
-        for key in self._flags:
-            terminated = terminated | self._current[key]
-        truncated = torch.zeros_like(terminated)
-        if self._max_episode_steps is not None:
-            truncated = (torch.cat(elapsed) >= self._max_episode_steps).reshape(-1, 1)
-        # The sparse reward is a bool in ManiSkill.
-        return TensorDict(
-            {
-                **self._current,
-                "reward": torch.cat(reward).reshape(-1, 1).float(),
-                "terminated": terminated,
-                "truncated": truncated,
-                "done": terminated | truncated,
-            },
-            batch_size=self.batch_size,
-        )
-
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is not None:
-            self._seeds.restart(seed)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> OrderedDict:
-        """The state of the seed streams; episodes under way are not part of it."""
-        return OrderedDict(episode_seeds=self._seeds.state_dict())
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], **kwargs: Any) -> None:
-        """Restores the seed streams; they are used from the next reset on."""
-        self._seeds.load_state_dict(state_dict["episode_seeds"])
-
-    def close(self, *, raise_if_closed: bool = True) -> None:
-        """Closes all environments. A closed environment cannot be used again."""
-        if self.is_closed:
-            if raise_if_closed:
-                raise RuntimeError("The environment is closed already.")
-            return
-        self.is_closed = True
-        for env in self._env:
-            env.close()
-
-    def __repr__(self) -> str:
-        env = self._env[0]
-        task = env.spec.id if env.spec is not None else type(env).__name__
-        return (
-            f"{type(self).__name__}({task}, num_envs={len(self._env)}, "
-            f"control_mode={env.control_mode}, reward_mode={env.reward_mode})"
-        )
+# The paper's pictures; ManiSkill's own human camera has 512.
+_HUMAN_SIZE = 256
 
 
 class _ManiSkillEnvMeta(_EnvPostInit):
@@ -346,7 +45,7 @@ class _ManiSkillEnvMeta(_EnvPostInit):
             raise ValueError(f"num_workers must be at least 1, got {num_workers}.")
         if num_workers == 1:
             return super().__call__(*args, **kwargs)
-        _require_mani_skill()
+        require_mani_skill()
         # use_buffers=False: with buffers, ParallelEnv's parent spin-polls a whole core
         # while it waits for the simulators.
         return ParallelEnv(
@@ -362,36 +61,86 @@ class _ManiSkillEnvMeta(_EnvPostInit):
 class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
     """Builds ManiSkill3 environments and wraps them for TorchRL.
 
-    Needs no graphics driver: where no Vulkan device is found, what the task builders ask
-    of the renderer is left out, and state observations stay the same.
+    State observations need no graphics driver: where no Vulkan device is found, what the
+    task builders ask of the renderer is left out, and observations stay the same. What is
+    observed, and under which keys, is told by :class:`ManiSkillWrapper`. A picture is
+    drawn only if somebody asked for it.
 
     Args:
-        task_id (str): id of a registered ManiSkill task, e.g. ``"PickCube-v1"``.
+        task_id (str): id of a registered ManiSkill task, e.g. ``"PickCube-v1"``; those of
+            the paper are in :data:`~torchrl_rpd.envs.TASKS`.
 
     Keyword Args:
-        num_envs (int): number of environments stepped in one process. Default: ``1``.
+        num_envs (int): number of environments simulated in one process. Default: ``1``.
         num_workers (int): number of processes, each with ``num_envs`` environments. For
             more than one the result is a :class:`~torchrl.envs.ParallelEnv` of batch size
             ``[num_workers, num_envs]``; guard the script with
-            ``if __name__ == "__main__":``. Default: ``1``.
-        obs_mode (str): ``"state"``.
+            ``if __name__ == "__main__":``. Several processes that draw in software are
+            fastest with ``LP_NUM_THREADS=0`` in their environment. Default: ``1``.
+        obs_mode (str): ``"state"``, ``"state_dict"``, ``"rgb"``, ``"depth"``, ``"rgbd"``,
+            or pictures and state joined by ``"+"``. Default: ``"state"``.
         control_mode (str): the controller and with it the meaning of the actions, all in
-            [-1, 1]. Default: ``"pd_ee_delta_pose"``: 3 translations of at most 0.1 m and
-            3 rotations of at most 0.1 rad per step, and the gripper (1 open, -1 closed).
+            [-1, 1] for the delta modes. Default: ``"pd_ee_delta_pose"``: 3 translations
+            of at most 0.1 m and 3 rotations of at most 0.1 rad per step, and the gripper
+            (1 open, -1 closed; PushT-v1's robot has none).
         reward_mode (str): ``"normalized_dense"`` (at most 1), ``"dense"``, ``"sparse"``
             (1 at success) or ``"none"``. Default: ``"normalized_dense"``.
-        sim_backend (str): ``"auto"`` or ``"physx_cpu"``: both step on the CPU.
+        camera (str or sequence of str, optional): ``"main"``, ``"hand"``, ``"human"``
+            (the paper's view: it shows the goal that is hidden from the sensors), or
+            names of cameras. Only these are drawn. Defaults to all sensor cameras.
+        image_size (int or (int, int), optional): side, or height and width, of the
+            pictures in pixels. Defaults to ManiSkill's sizes (128 for its own tasks) and
+            256 for the human camera.
+        sensor_configs (dict, optional): ManiSkill's settings of the sensor cameras, for
+            all or by camera name, e.g.
+            ``{"base_camera": {"pose": [x, y, z, qw, qx, qy, qz], "fov": 1.0}}``. Instead
+            of a pose, ``eye`` and ``target`` (metres) say where a camera is and looks.
+        human_render_camera_configs (dict, optional): the same for the human camera, whose
+            name is ``"render_camera"`` in ManiSkill's own tasks.
+        extra_cameras (dict, optional): cameras to add to the scene, by name, each with a
+            ``pose`` (or ``eye`` and ``target``) and what else is to differ from 128 x 128
+            pixels and a field of view of 1 rad.
+        teacher_camera (str, optional): one camera whose picture is written to
+            ``teacher_image`` for an image teacher, whatever the student observes;
+            ``"human"`` is the view of the paper's teachers.
+        teacher_image_size (int or (int, int), optional): size of the human camera's
+            picture for the teacher. Defaults to 256. A camera called
+            ``"teacher_camera"`` draws it where the student's human camera has another
+            size.
+        from_pixels (bool): if ``True``, writes the human camera's picture to ``pixels``,
+            for videos. Default: ``False``.
+        language_instruction (bool or str): a text to write to ``language_instruction``
+            at every step; ``True`` takes the task's from the task table.
+            Default: ``False``.
+        ignore_terminations (bool): if ``True``, success ends no episode, only the time
+            limit does. Default: ``False``.
+        sim_backend (str): ``"physx_cpu"``; ``"physx_cuda"`` (*not run here*), where one
+            ManiSkill environment simulates all ``num_envs`` scenes on a GPU; or
+            ``"auto"``: CUDA if torch finds it and ``fast_controller`` is off.
+        render_backend (str): ``"cpu"``, ``"gpu"``, ``"none"``, or ``"auto"``: none if no
+            picture is asked for, else a GPU that can draw (its pictures are copied to
+            the host where the CPU simulates), else software. The attribute
+            ``render_backend`` tells what was chosen.
         fast_controller (bool): if ``True``, computes the targets of the end-effector
             controller without its 150 small tensor operations, and grasp queries only
             where both fingers touch the object: about twice the steps per second, equal
             up to rounding (1e-6) until contacts amplify it. Default: ``False``: bit for
             bit ManiSkill.
+        light_visuals (bool): if ``True``, the robot is drawn as its collision shapes,
+            with 2 % of the triangles: four to six times the steps per second with
+            software rendering. It moves as the stock robot does, bit for bit, but looks
+            simpler, which a teacher trained on the stock look may mind.
+            Default: ``False``.
         max_episode_steps (int, optional): time limit. Defaults to the task's own.
-        **kwargs: passed to ``gym.make``, e.g. ``robot_uids`` or ``sim_config``.
+        **kwargs: passed to ``gym.make``, e.g. ``robot_uids``, ``sim_config`` or
+            ``reconfiguration_freq`` (rebuild the scene at every so many resets).
 
     Raises:
         ImportError: if ManiSkill is missing.
-        ValueError: if the task is unknown or does not have the reward mode.
+        ValueError: if the task is unknown, does not have the reward mode, or has no such
+            camera.
+        RuntimeError: if pictures are asked for and nothing can draw them; the message
+            says what to install.
 
     Examples:
         >>> from torchrl_rpd.envs import ManiSkillEnv
@@ -402,6 +151,8 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
         (torch.Size([2, 5, 42]), torch.Size([2, 5, 7]))
         >>> rollout["episode_seed"][0, 0]  # reset(seed=0) gives this episode again
         tensor([0])
+        >>> env.render_backend  # nothing is drawn for states
+        'none'
     """
 
     def __init__(
@@ -412,34 +163,85 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
         obs_mode: str = "state",
         control_mode: str = "pd_ee_delta_pose",
         reward_mode: RewardMode = "normalized_dense",
+        camera: CameraArgument = None,
+        image_size: Size | None = None,
+        sensor_configs: Mapping[str, Any] | None = None,
+        human_render_camera_configs: Mapping[str, Any] | None = None,
+        extra_cameras: Mapping[str, Mapping[str, Any]] | None = None,
+        teacher_camera: str | None = None,
+        teacher_image_size: Size | None = None,
+        from_pixels: bool = False,
+        language_instruction: bool | str = False,
+        ignore_terminations: bool = False,
         sim_backend: str = "auto",
+        render_backend: str = "auto",
         fast_controller: bool = False,
+        light_visuals: bool = False,
         max_episode_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
-        _require_mani_skill()
+        require_mani_skill()
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
-        if sim_backend not in ("auto", "physx_cpu", "cpu"):
-            raise ValueError(
-                f"sim_backend={sim_backend!r} is not covered by this version: use 'auto' "
-                "or 'physx_cpu', which step on the CPU."
-            )
-        if obs_mode != "state":
-            raise ValueError(
-                f"obs_mode={obs_mode!r} is not covered by this version: use 'state'."
-            )
-        self._check_task(task_id, reward_mode)
-        make = partial(
-            _make,
+        mode = ObsMode.parse(obs_mode)
+        sim_backend = choose_sim_backend(sim_backend, fast_controller=fast_controller)
+        check_task(task_id, reward_mode)
+        instruction = _instruction(task_id, language_instruction)
+
+        plan = _Plan.of(
+            mode,
+            camera,
+            image_size=image_size,
+            teacher_camera=teacher_camera,
+            teacher_image_size=teacher_image_size,
+        )
+        added = {n: with_pose(c) for n, c in (extra_cameras or {}).items()}
+        sensor_settings = camera_settings(image_size, sensor_configs)
+        for name, config in added.items():
+            if "pose" not in config:
+                raise ValueError(
+                    f"extra_cameras: {name!r} needs a pose, or eye and target."
+                )
+            sensor_settings.setdefault(name, config)
+        human_settings = camera_settings(plan.human_size, human_render_camera_configs)
+        if plan.own_teacher_camera:
+            height, width = height_width(plan.teacher_size)
+            size = {"height": height, "width": width}
+            given = human_settings.get(TEACHER_CAMERA, {})
+            human_settings[TEACHER_CAMERA] = {**size, **given}
+            teacher_camera = TEACHER_CAMERA
+
+        needed_by = (
+            f"obs_mode={obs_mode!r}"
+            if mode.textures
+            else f"teacher_camera={teacher_camera!r}"
+            if teacher_camera is not None
+            else "from_pixels=True"
+            if from_pixels
+            else None
+        )
+        build = partial(
+            make,
             task_id,
-            obs_mode=obs_mode,
+            obs_mode=mode.of_mani_skill(plan.sensor_textures),
             control_mode=control_mode,
             reward_mode=reward_mode,
-            sim_backend="physx_cpu",
+            sim_backend=sim_backend,
+            render_backend=choose_render_backend(render_backend, needed_by),
+            changes=SceneChanges(
+                sensors=plan.sensors if plan.sensor_textures else None,
+                extra_cameras={n: c["pose"] for n, c in added.items()},
+                teacher_camera=plan.own_teacher_camera,
+                light_visuals=light_visuals,
+            ),
+            sensor_configs=sensor_settings,
+            human_render_camera_configs=human_settings,
             **kwargs,
         )
-        envs = [make() for _ in range(num_envs)]
+        if sim_backend == "physx_cpu":
+            envs = [build(num_envs=1) for _ in range(num_envs)]
+        else:
+            envs = [build(num_envs=num_envs)]
         if fast_controller:
             from torchrl_rpd.envs._fast_controller import use_fast_controller
             from torchrl_rpd.envs._fast_grasp import use_fast_grasp
@@ -447,38 +249,73 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             for env in envs:
                 use_fast_controller(env.unwrapped)
                 use_fast_grasp(env.unwrapped)
-        super().__init__(envs, max_episode_steps=max_episode_steps)
-
-    @staticmethod
-    def _check_task(task_id: str, reward_mode: str) -> None:
-        importlib.import_module("mani_skill.envs")
-        registration = importlib.import_module("mani_skill.utils.registration")
-        spec = registration.REGISTERED_ENVS.get(task_id)
-        if spec is None:
-            close = [t for t in registration.REGISTERED_ENVS if t[:4] == task_id[:4]]
-            raise ValueError(
-                f"ManiSkill has no task {task_id!r}. Similar names: {sorted(close)}; "
-                "all of them: ManiSkillEnv.available_envs."
-            )
-        supported = spec.cls.SUPPORTED_REWARD_MODES
-        if reward_mode not in supported:
-            raise ValueError(
-                f"{task_id} has no reward_mode={reward_mode!r}. Choose one of "
-                f"{sorted(supported)}."
-            )
+        super().__init__(
+            envs,
+            obs_mode=obs_mode,
+            camera=camera,
+            teacher_camera=teacher_camera,
+            from_pixels=from_pixels,
+            language_instruction=instruction,
+            ignore_terminations=ignore_terminations,
+            max_episode_steps=max_episode_steps,
+        )
 
 
-def _make(task_id: str, **kwargs: Any) -> Any:
-    """Builds one ManiSkill environment, with or without a Vulkan device."""
-    import gymnasium as gym
+@dataclass(frozen=True)
+class _Plan:
+    """Which cameras have to draw, and at what size."""
 
-    from torchrl_rpd.envs import _vulkan
+    sensors: tuple[str, ...] | None
+    sensor_textures: tuple[str, ...]
+    human_size: Size
+    teacher_size: Size
+    own_teacher_camera: bool
 
-    if not _vulkan.has_render_device():
-        _vulkan.use_without_vulkan()
-    else:
-        _vulkan.allow_push_t_without_rendering()
-    with warnings.catch_warnings():
-        # gymnasium warns of ManiSkill's batched spaces; the adapter reads the tensors.
-        warnings.simplefilter("ignore", UserWarning)
-        return gym.make(task_id, num_envs=1, render_backend="none", **kwargs)
+    @classmethod
+    def of(
+        cls,
+        mode: ObsMode,
+        camera: CameraArgument,
+        *,
+        image_size: Size | None,
+        teacher_camera: str | None,
+        teacher_image_size: Size | None,
+    ) -> _Plan:
+        names = camera_names(camera)
+        teacher_size = _HUMAN_SIZE if teacher_image_size is None else teacher_image_size
+        # What the student sees: None is all sensor cameras.
+        sensors: tuple[str, ...] | None = None
+        if not mode.textures:
+            sensors = ()
+        elif names is not None:
+            sensors = tuple(name for name in names if name != "human")
+        textures = set(mode.textures) if sensors != () else set()
+        if teacher_camera not in (None, "human"):
+            textures.add("rgb")
+            if sensors is not None:
+                sensors = (*sensors, teacher_camera)
+        student_human = bool(mode.textures) and names is not None and "human" in names
+        human_size = teacher_size
+        if student_human:
+            human_size = _HUMAN_SIZE if image_size is None else image_size
+        return cls(
+            sensors=sensors,
+            sensor_textures=tuple(t for t in ("rgb", "depth") if t in textures),
+            human_size=human_size,
+            teacher_size=teacher_size,
+            own_teacher_camera=teacher_camera == "human"
+            and student_human
+            and height_width(human_size) != height_width(teacher_size),
+        )
+
+
+def _instruction(task_id: str, wanted: bool | str) -> str | None:
+    """The text to write, None for none."""
+    if isinstance(wanted, str):
+        return wanted
+    if wanted and task_id not in TASKS:
+        raise ValueError(
+            f"The task table has no instruction for {task_id}: pass the text itself, "
+            "language_instruction='...'."
+        )
+    return TASKS[task_id].instruction if wanted else None

@@ -78,7 +78,7 @@ def draw(task: str, size: int, path: Path) -> None:
         env = ManiSkillEnv(
             task, obs_mode="rgb", camera="human", image_size=size, light_visuals=light
         )
-        env.set_seed(1)  # nothing hides the goal
+        env.set_seed(2)  # nothing hides the goal (green)
         td = env.reset()
         forward = torch.tensor([[0.3, 0.0, -0.5, 0.0, 0.0, 0.0, 1.0]])
         for _ in range(3):

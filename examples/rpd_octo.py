@@ -34,6 +34,7 @@ from torchrl_rpd.envs import TASKS, ManiSkillEnv
 from torchrl_rpd.evaluation import evaluate
 from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
 from torchrl_rpd.students import cnn_actor_critic
+from torchrl_rpd.teachers import CHECKPOINTS, check_teacher
 from torchrl_rpd.teachers.octo import OctoTeacher, write_random_checkpoint
 from torchrl_rpd.trainers import (
     EvaluationHook,
@@ -43,14 +44,14 @@ from torchrl_rpd.trainers import (
 )
 from torchrl_rpd.transforms import TeacherActionTransform
 
-CHECKPOINT = "Juelg/octo-base-1.5-finetuned-maniskill"
+PUBLISHED = CHECKPOINTS["octo"]
 
 
 def parse() -> argparse.Namespace:
     """The command line; ``--tiny`` replaces the sizes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", default="PickCube-v1", choices=TASKS)
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="folder or Hub id")
+    parser.add_argument("--checkpoint", default=PUBLISHED.name, help="folder or Hub id")
     parser.add_argument("--step", type=int, help="which saved step; the last one")
     parser.add_argument("--tokenizer", help="T5's, if the Hub cannot be reached")
     parser.add_argument("--samples", type=int, default=1, help="the teacher's draws")
@@ -105,9 +106,10 @@ def main() -> None:
             max_episode_steps=6 if args.tiny else None,
         )
 
-    env = TransformedEnv(
-        make_env(args.envs), Compose(StepCounter(), RewardSum(), teacher)
-    )
+    simulators = make_env(args.envs)
+    # Stops here if the teacher cannot be right. (Random weights need not be.)
+    print(check_teacher(octo, simulators, raise_on_failure=not args.tiny))
+    env = TransformedEnv(simulators, Compose(StepCounter(), RewardSum(), teacher))
     env.set_seed(args.seed)
 
     # 3. The student: NatureCNN, 13.2 M parameters, and the released hyper-parameters.

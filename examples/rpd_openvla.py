@@ -34,7 +34,7 @@ from torchrl_rpd.envs import TASKS, ManiSkillEnv
 from torchrl_rpd.evaluation import evaluate
 from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
 from torchrl_rpd.students import cnn_actor_critic
-from torchrl_rpd.teachers import CHECKPOINTS
+from torchrl_rpd.teachers import CHECKPOINTS, check_teacher
 from torchrl_rpd.teachers.openvla import OpenVLATeacher, write_tiny_checkpoint
 from torchrl_rpd.trainers import (
     EvaluationHook,
@@ -115,9 +115,10 @@ def main() -> None:
             max_episode_steps=10 if args.tiny else None,
         )
 
-    env = TransformedEnv(
-        make_env(args.envs), Compose(StepCounter(), RewardSum(), teacher)
-    )
+    simulators = make_env(args.envs)
+    # Stops here if the teacher cannot be right. (Random weights need not be.)
+    print(check_teacher(openvla, simulators, raise_on_failure=not args.tiny))
+    env = TransformedEnv(simulators, Compose(StepCounter(), RewardSum(), teacher))
     env.set_seed(args.seed)
 
     # 3. The student: NatureCNN, 13.2 M parameters, and the released hyper-parameters.

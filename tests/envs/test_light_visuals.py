@@ -142,6 +142,7 @@ class TestRobot:
 
 @pytest.mark.maniskill
 @pytest.mark.render
+@pytest.mark.usefixtures("renderer")
 def test_both_looks_in_one_process():
     """The light robot is drawn from collision meshes, also after a rebuild; the stock
     robot's picture is the same before and after."""

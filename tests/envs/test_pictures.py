@@ -17,7 +17,11 @@ from torchrl.record import VideoRecorder
 
 from torchrl_rpd.envs import ManiSkillEnv, ManiSkillWrapper
 
-pytestmark = [pytest.mark.maniskill, pytest.mark.render]
+pytestmark = [
+    pytest.mark.maniskill,
+    pytest.mark.render,
+    pytest.mark.usefixtures("renderer"),
+]
 
 SIDE = 16
 FAST = {"fast_controller": True, "light_visuals": True, "image_size": SIDE}

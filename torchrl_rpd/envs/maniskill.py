@@ -64,7 +64,9 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
     State observations need no graphics driver: where no Vulkan device is found, what the
     task builders ask of the renderer is left out, and observations stay the same. What is
     observed, and under which keys, is told by :class:`ManiSkillWrapper`. A picture is
-    drawn only if somebody asked for it.
+    drawn only if somebody asked for it. The first environment of a process that draws
+    takes seconds to build, because SAPIEN compiles its shaders; it drops them when the last
+    one is closed.
 
     Args:
         task_id (str): id of a registered ManiSkill task, e.g. ``"PickCube-v1"``; those of

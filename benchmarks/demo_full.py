@@ -21,6 +21,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -264,7 +265,7 @@ def picture(results: dict[str, Any]) -> None:
             ylabel="success (deterministic)",
             ylim=(-0.02, 1.02),
         )
-        ax.set_title(title.replace("; ", ";\n"), fontsize=8)
+        ax.set_title("\n".join(textwrap.wrap(title, 90)), fontsize=8)
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)

@@ -398,6 +398,7 @@ class TestRefusals:
             {"camera": "main"},  # of states
             {"render_backend": "none", "obs_mode": "rgb"},
             {"extra_cameras": {"side": {"fov": 1.0}}},
+            {"extra_cameras": {"side": {"fov": 1.0}}, "obs_mode": "rgb"},  # no pose
         ],
     )
     def test_arguments(self, kwargs):

@@ -198,6 +198,12 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             teacher_image_size=teacher_image_size,
         )
         added = {n: with_pose(c) for n, c in (extra_cameras or {}).items()}
+        if added and not plan.sensor_textures:
+            raise ValueError(
+                f"extra_cameras={sorted(added)} would not be drawn: observe them with "
+                "obs_mode='rgb' and a camera that is not 'human' alone, or show one to "
+                "the teacher with teacher_camera."
+            )
         sensor_settings = camera_settings(image_size, sensor_configs)
         for name, config in added.items():
             if "pose" not in config:

@@ -121,7 +121,7 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             ``"auto"``: CUDA if torch finds it and ``fast_controller`` is off.
         render_backend (str): ``"cpu"``, ``"gpu"``, ``"none"``, or ``"auto"``: none if no
             picture is asked for, else a GPU that can draw (its pictures are copied to
-            the host where the CPU simulates), else software. The attribute
+            the host where the CPU simulates; *not run here*), else software. The attribute
             ``render_backend`` tells what was chosen.
         fast_controller (bool): if ``True``, computes the targets of the end-effector
             controller without its 150 small tensor operations, and grasp queries only
@@ -129,8 +129,8 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             up to rounding (1e-6) until contacts amplify it. Default: ``False``: bit for
             bit ManiSkill.
         light_visuals (bool): if ``True``, the robot is drawn as its collision shapes,
-            with 2 % of the triangles: four to six times the steps per second with
-            software rendering. It moves as the stock robot does, bit for bit, but looks
+            with 2 % of the triangles: several times the steps per second with software
+            rendering (``python -m benchmarks.light_visuals``). It moves as the stock robot does, bit for bit, but looks
             simpler, which a teacher trained on the stock look may mind.
             Default: ``False``.
         max_episode_steps (int, optional): time limit. Defaults to the task's own.

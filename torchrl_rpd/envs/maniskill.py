@@ -130,9 +130,9 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             bit ManiSkill.
         light_visuals (bool): if ``True``, the robot is drawn as its collision shapes,
             with 2 % of the triangles: several times the steps per second with software
-            rendering (``python -m benchmarks.light_visuals``). It moves as the stock robot does, bit for bit, but looks
-            simpler, which a teacher trained on the stock look may mind.
-            Default: ``False``.
+            rendering (``python -m benchmarks.light_visuals``). It moves as the stock
+            robot does, bit for bit, but looks simpler, which a teacher trained on the
+            stock look may mind. Default: ``False``.
         max_episode_steps (int, optional): time limit. Defaults to the task's own.
         **kwargs: passed to ``gym.make``, e.g. ``robot_uids``, ``sim_config`` or
             ``reconfiguration_freq`` (rebuild the scene at every so many resets).

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
+from tensordict.utils import NestedKey
 from torch import nn
-from torchrl.modules import MLP
+from torchrl.modules import (
+    MLP,
+    IndependentNormal,
+    ProbabilisticActor,
+)
 
 
 def orthogonal_mlp(
@@ -35,3 +41,24 @@ def orthogonal_mlp(
         nn.init.orthogonal_(layer.weight, last_gain if layer is linears[-1] else 2**0.5)
         nn.init.zeros_(layer.bias)
     return mlp
+
+
+def normal_actor(
+    modules: Sequence[nn.Module],
+    action_dim: int,
+    log_std_init: float,
+    in_key: NestedKey,
+) -> ProbabilisticActor:
+    """An unbounded diagonal normal around what ``modules`` compute from ``in_key``.
+
+    Its standard deviation does not depend on the observation.
+    """
+    scale = AddStateIndependentNormalScale(action_dim, init_value=log_std_init)
+    return ProbabilisticActor(
+        TensorDictModule(
+            nn.Sequential(*modules, scale), in_keys=[in_key], out_keys=["loc", "scale"]
+        ),
+        in_keys=["loc", "scale"],
+        distribution_class=IndependentNormal,
+        return_log_prob=True,
+    )

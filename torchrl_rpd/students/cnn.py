@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import torch
 from tensordict import NestedKey
-from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import (
     ActorValueOperator,
     ConvNet,
-    IndependentNormal,
-    ProbabilisticActor,
     ValueOperator,
 )
 
-from torchrl_rpd.students._heads import orthogonal_mlp
+from torchrl_rpd.students._heads import normal_actor, orthogonal_mlp
 from torchrl_rpd.students.actor_critic import (
     BUILDERS,
     ActorCritic,
@@ -198,18 +196,8 @@ def cnn_actor_critic(
             encoder.out_features, out_features, [_HIDDEN], nn.ReLU, last_gain
         )
 
-    policy_head = ProbabilisticActor(
-        TensorDictModule(
-            nn.Sequential(
-                head(action_dim, 0.01 * 2**0.5),
-                AddStateIndependentNormalScale(action_dim, init_value=log_std_init),
-            ),
-            in_keys=[_FEATURES_KEY],
-            out_keys=["loc", "scale"],
-        ),
-        in_keys=["loc", "scale"],
-        distribution_class=IndependentNormal,
-        return_log_prob=True,
+    policy_head = normal_actor(
+        [head(action_dim, 0.01 * 2**0.5)], action_dim, log_std_init, _FEATURES_KEY
     )
     value_head = ValueOperator(head(1, 2**0.5), in_keys=[_FEATURES_KEY])
     both = ActorValueOperator(common, policy_head, value_head)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tensordict import NestedKey
-from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
 from torch import nn
-from torchrl.modules import IndependentNormal, ProbabilisticActor, ValueOperator
+from torchrl.modules import ValueOperator
 
-from torchrl_rpd.students._heads import orthogonal_mlp
+from torchrl_rpd.students._heads import normal_actor, orthogonal_mlp
 from torchrl_rpd.students.actor_critic import (
     BUILDERS,
     ActorCritic,
@@ -78,18 +77,8 @@ def mlp_actor_critic(
         )
         return [norm, mlp] if norm is not None else [mlp]
 
-    actor = ProbabilisticActor(
-        TensorDictModule(
-            nn.Sequential(
-                *head(action_dim, 0.01),
-                AddStateIndependentNormalScale(action_dim, init_value=log_std_init),
-            ),
-            in_keys=[observation_key],
-            out_keys=["loc", "scale"],
-        ),
-        in_keys=["loc", "scale"],
-        distribution_class=IndependentNormal,
-        return_log_prob=True,
+    actor = normal_actor(
+        head(action_dim, 0.01), action_dim, log_std_init, observation_key
     )
     critic = ValueOperator(nn.Sequential(*head(1, 1.0)), in_keys=[observation_key])
     config = {

@@ -49,6 +49,7 @@ def resolve_checkpoint(
     allow_patterns: str | Sequence[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool | None = None,
+    extra: str = "openvla",
 ) -> Path:
     """Finds the folder of a checkpoint, downloading it where needed.
 
@@ -67,6 +68,8 @@ def resolve_checkpoint(
         cache_dir (path, optional): instead of the Hub's usual cache.
         local_files_only (bool, optional): never ask the network. Defaults to ``None``:
             as the environment says.
+        extra (str): the extra of this package that brings huggingface_hub. Defaults to
+            ``"openvla"``.
 
     Returns:
         the folder.
@@ -98,7 +101,7 @@ def resolve_checkpoint(
         raise FileNotFoundError(
             f"There is no folder {text}, and a Hub id would read 'owner/name'."
         )
-    hub = require("huggingface_hub")
+    hub = require("huggingface_hub", extra=extra)
     try:
         folder = hub.snapshot_download(
             text,

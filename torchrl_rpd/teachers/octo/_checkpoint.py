@@ -45,7 +45,9 @@ def find_checkpoint(
     # Not example_batch.msgpack: all that it tells is in config.json and the arrays.
     steps = "*/default/*" if step is None else f"{step}/default/*"
     patterns = ["*.json", WEIGHTS, steps]
-    return resolve_checkpoint(path_or_repo, allow_patterns=patterns, **hub)
+    return resolve_checkpoint(
+        path_or_repo, allow_patterns=patterns, extra="octo", **hub
+    )
 
 
 def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:

@@ -33,7 +33,9 @@ def find_tokenizer(source: str | os.PathLike[str], **hub: Any) -> Path:
     if "/" not in name and not file.is_dir():
         name = f"{_OWNER}/{name}"
     try:
-        folder = resolve_checkpoint(name, allow_patterns="tokenizer.json", **hub)
+        folder = resolve_checkpoint(
+            name, allow_patterns="tokenizer.json", extra="octo", **hub
+        )
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"Octo reads its instructions with the tokenizer of {source}, which is not "

@@ -19,6 +19,7 @@ from torchrl.data.vla.schema import IMAGE_KEY, INSTRUCTION_KEY
 from torchrl.modules.vla.common import VLAWrapperBase
 
 from torchrl_rpd.teachers._gripper import Gripper, check_gripper, convert_gripper
+from torchrl_rpd.teachers._images import check_uint8, read_images
 from torchrl_rpd.teachers._instructions import read_instructions
 from torchrl_rpd.teachers.octo._checkpoint import (
     Normalisation,
@@ -385,7 +386,13 @@ class OctoTeacher(VLAWrapperBase):
             if value is not None
         }
         for camera, value in shown.items():
-            _check_images(value, f"images of the {camera} camera", 5)
+            what = f"what the {camera} camera saw"
+            check_uint8(value, what, teacher="OctoTeacher")
+            if value.ndim != 5 or value.shape[-3] != 3:
+                raise ValueError(
+                    f"OctoTeacher got, as {what}, {list(value.movedim(-3, -1).shape)}; "
+                    "expected [B, W, height, width, 3]."
+                )
         text = self.model.encode_text(
             torch.as_tensor(input_ids).to(device),
             torch.as_tensor(attention_mask).to(device),
@@ -474,22 +481,9 @@ class OctoTeacher(VLAWrapperBase):
 
     def _read_images(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
         """Flat windows ``[n, W, 3, H, W']`` of one camera."""
-        images = tensordict.get(key, None)
-        if not isinstance(images, Tensor):
-            found = sorted(tensordict.keys(True, True), key=str)
-            raise KeyError(
-                f"OctoTeacher reads images from {key!r}, which is missing or no tensor; "
-                f"found {found}. Use an environment with images, or set image_key."
-            )
-        windowed = self.history_window > 1
-        _check_images(images, repr(key), tensordict.ndim + 3 + windowed)
-        if windowed and images.shape[-4] != self.history_window:
-            raise ValueError(
-                f"{key!r} shows {images.shape[-4]} time steps, expected "
-                f"{self.history_window}."
-            )
-        shape = images.shape[-4:] if windowed else (1, *images.shape[-3:])
-        return images.reshape(-1, *shape)
+        return read_images(
+            tensordict, key, teacher="OctoTeacher", window=self.history_window
+        )
 
     def _read_mask(self, tensordict: TensorDictBase) -> Tensor | None:
         if self.history_window == 1:
@@ -519,16 +513,3 @@ class _LazyTokenizer:
         if self._tokenize is None:
             self._tokenize = load_tokenizer(self._source, self._length, **self._hub)
         return self._tokenize(texts)
-
-
-def _check_images(images: Tensor, what: str, ndim: int) -> None:
-    if images.dtype != torch.uint8:
-        raise TypeError(
-            f"OctoTeacher takes uint8 images in [0, 255]; {what} is {images.dtype}."
-        )
-    if images.ndim != ndim or images.shape[-3] != 3:
-        raise ValueError(
-            f"OctoTeacher got {what} of shape {list(images.shape)}; expected {ndim} "
-            "dimensions: the batch, the time steps where window_size is above 1, then "
-            "3 colours (channels first in a tensordict), height and width."
-        )

@@ -19,6 +19,7 @@ from torchrl.modules.vla import VLAWrapperBase
 
 from torchrl_rpd.teachers._gripper import Gripper, check_gripper, convert_gripper
 from torchrl_rpd.teachers._hub import resolve_checkpoint
+from torchrl_rpd.teachers._images import read_images
 from torchrl_rpd.teachers._instructions import read_instructions
 from torchrl_rpd.teachers._resize import PILResize
 from torchrl_rpd.teachers.openvla._actions import ActionDecoder, choose_statistics
@@ -287,13 +288,14 @@ class OpenVLATeacher(VLAWrapperBase):
         **kwargs: Any,
     ) -> TensorDictBase:
         """Writes the actions for every row of ``tensordict``."""
-        images = self._read_images(tensordict)
+        images = read_images(
+            tensordict, self.tensor_keys.image, teacher="OpenVLATeacher"
+        ).squeeze(1)
         instructions = read_instructions(
             tensordict, self.instruction, self.tensor_keys.instruction
         )
         batch_size = tensordict.batch_size
-        flat = images.reshape(-1, *images.shape[-3:])
-        entries = self._answer(flat, instructions)
+        entries = self._answer(images, instructions)
         out = TensorDict(
             {
                 key: value.to(images.device).reshape(*batch_size, 1, self.action_dim)
@@ -372,28 +374,6 @@ class OpenVLATeacher(VLAWrapperBase):
     @property
     def _weight(self) -> Tensor:
         return self.model.projector.fc1.weight
-
-    def _read_images(self, tensordict: TensorDictBase) -> Tensor:
-        key = self.tensor_keys.image
-        images = tensordict.get(key, None)
-        if images is None:
-            raise KeyError(
-                f"OpenVLATeacher reads an image from {key!r}, which is not there; found "
-                f"{sorted(tensordict.keys(True, True), key=str)}. Use an environment "
-                "with images, or name the right entry with image_key=."
-            )
-        if images.dtype != torch.uint8:
-            raise TypeError(
-                f"OpenVLATeacher takes uint8 images in [0, 255], {key!r} is "
-                f"{images.dtype}."
-            )
-        batch_size = tensordict.batch_size
-        if images.shape[:-3] != batch_size or images.shape[-3] != 3:
-            raise ValueError(
-                f"{key!r} is of shape {list(images.shape)}; expected "
-                f"{[*batch_size, 3, 'H', 'W']} (channels first)."
-            )
-        return images
 
     def _out_of_memory(self, rows: int) -> torch.OutOfMemoryError:
         if rows == 1:

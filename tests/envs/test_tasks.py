@@ -20,6 +20,7 @@ def test_the_tasks_of_the_paper():
     assert Counter(task.split for task in TASKS.values()) == {
         "trained": 6,
         "hold-out": 2,
+        "re-interpreted": 2,
         "not in training": 2,
         "not stated": 1,
     }

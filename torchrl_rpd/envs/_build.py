@@ -17,17 +17,26 @@ import torch
 
 from torchrl_rpd.envs import _vulkan
 from torchrl_rpd.envs._scene import SceneChanges, adapted_class
+from torchrl_rpd.envs._variants import register_variants
 
 Size = int | tuple[int, int]
 
 
+def registered_tasks() -> Mapping[str, Any]:
+    """ManiSkill's tasks and our variants of them, by id."""
+    importlib.import_module("mani_skill.envs")
+    register_variants()
+    registration = importlib.import_module("mani_skill.utils.registration")
+    tasks: Mapping[str, Any] = registration.REGISTERED_ENVS
+    return tasks
+
+
 def check_task(task_id: str, reward_mode: str) -> None:
     """Says what there is instead of an unknown task or reward mode."""
-    importlib.import_module("mani_skill.envs")
-    registration = importlib.import_module("mani_skill.utils.registration")
-    spec = registration.REGISTERED_ENVS.get(task_id)
+    tasks = registered_tasks()
+    spec = tasks.get(task_id)
     if spec is None:
-        close = [t for t in registration.REGISTERED_ENVS if t[:4] == task_id[:4]]
+        close = [t for t in tasks if t[:4] == task_id[:4]]
         raise ValueError(
             f"ManiSkill has no task {task_id!r}. Similar names: {sorted(close)}; "
             "all of them: ManiSkillEnv.available_envs."
@@ -140,8 +149,7 @@ def make(
             _vulkan.use_without_vulkan()
     task: Any = task_id
     if changes.any:
-        registration = importlib.import_module("mani_skill.utils.registration")
-        registered = registration.REGISTERED_ENVS[task_id]
+        registered = registered_tasks()[task_id]
         task = copy.copy(gym.spec(task_id))
         task.entry_point = partial(adapted_class(registered.cls), changes=changes)
     with warnings.catch_warnings():

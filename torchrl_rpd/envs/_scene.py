@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# The human render camera that draws for the teacher, where its size differs from the
-# student's.
+from torchrl_rpd.envs.cameras import CAMERA_VIEWS, CameraView
+
+# The human render camera that draws for the teacher, where student and teacher have the
+# same view in two sizes.
 TEACHER_CAMERA = "teacher_camera"
 
 
@@ -30,13 +33,16 @@ class SceneChanges:
         sensors: the sensor cameras that are used, by name or role; the others are never
             drawn. None: all.
         extra_cameras: poses of the cameras to add, by name.
-        teacher_camera: whether a second human render camera is needed.
+        human_views: the changed views of the human camera that are used.
+        teacher_view: what a human render camera of the teacher's own shows: a name of
+            :data:`~torchrl_rpd.envs.CAMERA_VIEWS`. None: it needs no such camera.
         light_visuals: whether the robot is drawn as its collision shapes.
     """
 
     sensors: tuple[str, ...] | None = None
     extra_cameras: Mapping[str, Any] = field(default_factory=dict)
-    teacher_camera: bool = False
+    human_views: tuple[str, ...] = ()
+    teacher_view: str | None = None
     light_visuals: bool = False
 
     @property
@@ -78,11 +84,15 @@ def adapted_class(task_class: Any) -> type:
         @property
         def _default_human_render_camera_configs(self) -> dict[str, Any]:
             configs = parse_camera_configs(super()._default_human_render_camera_configs)
-            if self._changes.teacher_camera:
-                if not configs:
-                    raise ValueError("This task has no human render camera.")
+            added = {name: name for name in self._changes.human_views}
+            if self._changes.teacher_view is not None:
+                added[TEACHER_CAMERA] = self._changes.teacher_view
+            if added and not configs:
+                raise ValueError("This task has no human render camera.")
+            # The task's own camera is the first, and stays it.
+            for uid, name in added.items():
                 first = next(iter(configs.values()))
-                configs[TEACHER_CAMERA] = dataclasses.replace(first, uid=TEACHER_CAMERA)
+                configs[uid] = _changed(first, CAMERA_VIEWS[name], uid)
             return configs
 
         def _setup_sensors(self, options: dict) -> None:
@@ -109,6 +119,26 @@ def adapted_class(task_class: Any) -> type:
     Adapted.__name__ = task_class.__name__
     Adapted.__qualname__ = task_class.__qualname__
     return Adapted
+
+
+def _changed(config: Any, view: CameraView, uid: str) -> Any:
+    """The settings of a camera that stands beside another one and shows this view."""
+    import sapien
+    from mani_skill.utils.structs.pose import Pose
+
+    if config.fov is None and view.fov_scale != 1.0:
+        raise ValueError(
+            f"{view.name!r} changes the field of view, and the camera {config.uid!r} of "
+            "this task has an intrinsic matrix instead."
+        )
+    move = sapien.Pose(p=list(view.position))
+    move.set_rpy([math.radians(angle) for angle in view.rotation])
+    return dataclasses.replace(
+        config,
+        uid=uid,
+        pose=config.pose * Pose.create(move),
+        fov=None if config.fov is None else config.fov * view.fov_scale,
+    )
 
 
 def _light(robot: Any) -> Any:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 has_mani_skill = importlib.util.find_spec("mani_skill") is not None
@@ -58,3 +59,36 @@ def unwrap(env: Any) -> tuple[Any, int | None]:
     if limit is None and layer.spec is not None:
         limit = layer.spec.max_episode_steps
     return layer, limit
+
+
+def unwrap_batch(env: Any) -> tuple[list[Any], int | None]:
+    """The ManiSkill environments of a batch, and the time limit that they share.
+
+    Args:
+        env: what ``gym.make`` returned, or a sequence of such CPU environments.
+    """
+    if env is None:
+        raise TypeError("ManiSkillWrapper needs a ManiSkill environment.")
+    given = list(env) if isinstance(env, Sequence) else [env]
+    if not given:
+        raise ValueError("ManiSkillWrapper needs at least one environment.")
+    unwrapped, limits = zip(*(unwrap(e) for e in given), strict=True)
+    envs = list(unwrapped)
+    if len({id(e) for e in envs}) != len(envs):
+        raise ValueError("The same environment was passed twice.")
+    for e in envs:
+        if len(envs) > 1 and (e.num_envs != 1 or e.device.type != "cpu"):
+            raise ValueError(
+                "A batch is made of CPU environments with num_envs=1, or of a single "
+                f"GPU environment. Got num_envs={e.num_envs} on {e.device} among "
+                f"{len(envs)} environments."
+            )
+    kinds = {
+        (type(e).__name__, e.control_mode, e.reward_mode, e.obs_mode) for e in envs
+    }
+    if len(kinds) > 1:
+        raise ValueError(
+            "All environments of a batch must have the same task, control mode, "
+            f"reward mode and observation mode, got {sorted(map(str, kinds))}."
+        )
+    return envs, limits[0]

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from tensordict.utils import NestedKey
 
+from torchrl_rpd.envs.cameras import CAMERA_VIEWS
+
 CameraArgument = str | Sequence[str] | None
 
 # A robot that carries several cameras has one of this name for its hand.
@@ -134,7 +136,8 @@ class Cameras:
             known = [role for role, uid in roles.items() if uid is not None]
             raise ValueError(
                 f"There is no camera {name!r} here. Choose from "
-                f"{[*known, *self.names]}, or add one with extra_cameras."
+                f"{[*known, *self.names]}, or add one with extra_cameras. ManiSkillEnv "
+                f"adds the changed views itself: {[*CAMERA_VIEWS][1:]}."
             )
         return found
 
@@ -159,11 +162,14 @@ class Cameras:
         stems = {uid: f"{uid}_" for uid in uids}
         if self.hand in stems:
             stems[self.hand] = "wrist_"
-        # The view of the task: the main camera, or else the human camera.
-        if self.main in stems:
-            stems[self.main] = ""
+        # The view of the task: the main camera, or else the human camera, or else the
+        # first of its changed views.
         if self.human in stems:
-            stems[self.human] = "" if "" not in stems.values() else "human_"
+            stems[self.human] = "human_"
+        changed = [uid for uid in uids if uid in CAMERA_VIEWS]
+        view = next((u for u in (self.main, self.human, *changed) if u in stems), None)
+        if view is not None:
+            stems[view] = ""
         return [
             View(uid, uid in self.humans, _keys(stem, textures))
             for uid, stem in stems.items()

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -20,21 +19,19 @@ from torchrl_rpd.envs._build import (
     camera_settings,
     check_task,
     choose_sim_backend,
-    height_width,
     make,
     with_pose,
 )
+from torchrl_rpd.envs._plan import Plan
 from torchrl_rpd.envs._rendering import choose_render_backend
 from torchrl_rpd.envs._scene import TEACHER_CAMERA, SceneChanges
 from torchrl_rpd.envs._unwrap import require_mani_skill
-from torchrl_rpd.envs._views import CameraArgument, ObsMode, camera_names
+from torchrl_rpd.envs._views import CameraArgument, ObsMode
+from torchrl_rpd.envs.cameras import CAMERA_VIEWS
 from torchrl_rpd.envs.tasks import TASKS
 from torchrl_rpd.envs.wrapper import ManiSkillWrapper
 
 RewardMode = Literal["normalized_dense", "dense", "sparse", "none"]
-
-# The paper's pictures; ManiSkill's own human camera has 512.
-_HUMAN_SIZE = 256
 
 
 class _ManiSkillEnvMeta(_EnvPostInit):
@@ -88,8 +85,10 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
         reward_mode (str): ``"normalized_dense"`` (at most 1), ``"dense"``, ``"sparse"``
             (1 at success) or ``"none"``. Default: ``"normalized_dense"``.
         camera (str or sequence of str, optional): ``"main"``, ``"hand"``, ``"human"``
-            (the paper's view: it shows the goal that is hidden from the sensors), or
-            names of cameras. Only these are drawn. Defaults to all sensor cameras.
+            (the paper's view: it shows the goal that is hidden from the sensors), a
+            changed human view of :data:`~torchrl_rpd.envs.CAMERA_VIEWS` such as
+            ``"human_moved"``, or names of cameras. Only these are drawn. Defaults to all
+            sensor cameras.
         image_size (int or (int, int), optional): side, or height and width, of the
             pictures in pixels. Defaults to ManiSkill's sizes (128 for its own tasks) and
             256 for the human camera.
@@ -98,17 +97,18 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             ``{"base_camera": {"pose": [x, y, z, qw, qx, qy, qz], "fov": 1.0}}``. Instead
             of a pose, ``eye`` and ``target`` (metres) say where a camera is and looks.
         human_render_camera_configs (dict, optional): the same for the human camera, whose
-            name is ``"render_camera"`` in ManiSkill's own tasks.
+            name is ``"render_camera"`` in ManiSkill's own tasks. Changed views start
+            from the task's own camera, and are overridden by their names.
         extra_cameras (dict, optional): cameras to add to the scene, by name, each with a
             ``pose`` (or ``eye`` and ``target``) and what else is to differ from 128 x 128
             pixels and a field of view of 1 rad.
         teacher_camera (str, optional): one camera whose picture is written to
             ``teacher_image`` for an image teacher, whatever the student observes;
-            ``"human"`` is the view of the paper's teachers.
-        teacher_image_size (int or (int, int), optional): size of the human camera's
-            picture for the teacher. Defaults to 256. A camera called
-            ``"teacher_camera"`` draws it where the student's human camera has another
-            size.
+            ``"human"`` is the view that the paper's teachers know, and goes with a
+            student of a changed view as well.
+        teacher_image_size (int or (int, int), optional): size of the teacher's picture
+            of a human view. Defaults to 256. Where the student has the same view in
+            another size, a camera called ``"teacher_camera"`` draws it.
         from_pixels (bool): if ``True``, writes the human camera's picture to ``pixels``,
             for videos. Default: ``False``.
         language_instruction (bool or str): a text to write to ``language_instruction``
@@ -190,7 +190,7 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
         check_task(task_id, reward_mode)
         instruction = _instruction(task_id, language_instruction)
 
-        plan = _Plan.of(
+        plan = Plan.of(
             mode,
             camera,
             image_size=image_size,
@@ -198,6 +198,10 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             teacher_image_size=teacher_image_size,
         )
         added = {n: with_pose(c) for n, c in (extra_cameras or {}).items()}
+        if taken := sorted(set(added) & set(CAMERA_VIEWS)):
+            raise ValueError(
+                f"extra_cameras: {taken} are human views. Use other names."
+            )
         if added and not plan.sensor_textures:
             raise ValueError(
                 f"extra_cameras={sorted(added)} would not be drawn: observe them with "
@@ -211,13 +215,7 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
                     f"extra_cameras: {name!r} needs a pose, or eye and target."
                 )
             sensor_settings.setdefault(name, config)
-        human_settings = camera_settings(plan.human_size, human_render_camera_configs)
-        if plan.own_teacher_camera:
-            height, width = height_width(plan.teacher_size)
-            size = {"height": height, "width": width}
-            given = human_settings.get(TEACHER_CAMERA, {})
-            human_settings[TEACHER_CAMERA] = {**size, **given}
-            teacher_camera = TEACHER_CAMERA
+        human_settings = plan.human_settings(human_render_camera_configs)
 
         needed_by = (
             f"obs_mode={obs_mode!r}"
@@ -239,7 +237,8 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             changes=SceneChanges(
                 sensors=plan.sensors if plan.sensor_textures else None,
                 extra_cameras={n: c["pose"] for n, c in added.items()},
-                teacher_camera=plan.own_teacher_camera,
+                human_views=plan.changed_views,
+                teacher_view=plan.teacher_view,
                 light_visuals=light_visuals,
             ),
             sensor_configs=sensor_settings,
@@ -261,59 +260,11 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             envs,
             obs_mode=obs_mode,
             camera=camera,
-            teacher_camera=teacher_camera,
+            teacher_camera=TEACHER_CAMERA if plan.teacher_view else teacher_camera,
             from_pixels=from_pixels,
             language_instruction=instruction,
             ignore_terminations=ignore_terminations,
             max_episode_steps=max_episode_steps,
-        )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Which cameras have to draw, and at what size."""
-
-    sensors: tuple[str, ...] | None
-    sensor_textures: tuple[str, ...]
-    human_size: Size
-    teacher_size: Size
-    own_teacher_camera: bool
-
-    @classmethod
-    def of(
-        cls,
-        mode: ObsMode,
-        camera: CameraArgument,
-        *,
-        image_size: Size | None,
-        teacher_camera: str | None,
-        teacher_image_size: Size | None,
-    ) -> _Plan:
-        names = camera_names(camera)
-        teacher_size = _HUMAN_SIZE if teacher_image_size is None else teacher_image_size
-        # What the student sees: None is all sensor cameras.
-        sensors: tuple[str, ...] | None = None
-        if not mode.textures:
-            sensors = ()
-        elif names is not None:
-            sensors = tuple(name for name in names if name != "human")
-        textures = set(mode.textures) if sensors != () else set()
-        if teacher_camera not in (None, "human"):
-            textures.add("rgb")
-            if sensors is not None:
-                sensors = (*sensors, teacher_camera)
-        student_human = bool(mode.textures) and names is not None and "human" in names
-        human_size = teacher_size
-        if student_human:
-            human_size = _HUMAN_SIZE if image_size is None else image_size
-        return cls(
-            sensors=sensors,
-            sensor_textures=tuple(t for t in ("rgb", "depth") if t in textures),
-            human_size=human_size,
-            teacher_size=teacher_size,
-            own_teacher_camera=teacher_camera == "human"
-            and student_human
-            and height_width(human_size) != height_width(teacher_size),
         )
 
 

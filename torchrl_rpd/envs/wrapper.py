@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import importlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
-from torchrl.data import Bounded, Categorical, Composite, NonTensor, Unbounded
 from torchrl.envs.common import _EnvWrapper
 from torchrl.envs.utils import _classproperty
 
+from torchrl_rpd.envs import _specs
+from torchrl_rpd.envs._build import registered_tasks
 from torchrl_rpd.envs._observer import Entries, gather, observer_of
 from torchrl_rpd.envs._seeds import EpisodeSeeds
-from torchrl_rpd.envs._unwrap import has_mani_skill, require_mani_skill, unwrap
+from torchrl_rpd.envs._unwrap import (
+    has_mani_skill,
+    require_mani_skill,
+    unwrap_batch,
+)
 from torchrl_rpd.envs._views import CameraArgument, ObsMode
 
 
@@ -85,8 +90,10 @@ class ManiSkillWrapper(_EnvWrapper):
             task's first camera), ``"hand"`` (the robot's), ``"human"`` (ManiSkill's
             camera for people, the view of the paper: it shows PickCube's goal, which is
             hidden from the sensors) or ManiSkill's names. The human camera writes
-            ``("observation", "image")``, or ``"human_image"`` beside the main camera.
-            Defaults to all sensor cameras.
+            ``("observation", "image")``, or ``"human_image"`` beside the main camera; a
+            changed human view (``"human_moved"``, see
+            :data:`~torchrl_rpd.envs.CAMERA_VIEWS`) likewise, or ``"human_moved_image"``
+            beside one of the two. Defaults to all sensor cameras.
         teacher_camera (str, optional): one camera whose picture is written to
             ``teacher_image`` ``[N, 3, H, W]`` uint8, for an image teacher beside a
             student with other observations.
@@ -133,11 +140,7 @@ class ManiSkillWrapper(_EnvWrapper):
     @_classproperty
     def available_envs(cls) -> list[str]:
         """The ids of the registered ManiSkill tasks."""
-        if not has_mani_skill:
-            return []
-        importlib.import_module("mani_skill.envs")
-        registration = importlib.import_module("mani_skill.utils.registration")
-        return sorted(registration.REGISTERED_ENVS)
+        return sorted(registered_tasks()) if has_mani_skill else []
 
     def __init__(
         self,
@@ -152,55 +155,30 @@ class ManiSkillWrapper(_EnvWrapper):
         max_episode_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if env is None:
-            raise TypeError("ManiSkillWrapper needs a ManiSkill environment.")
-        envs = list(env) if isinstance(env, Sequence) else [env]
-        if not envs:
-            raise ValueError("ManiSkillWrapper needs at least one environment.")
-        unwrapped, limits = zip(*(unwrap(e) for e in envs), strict=True)
-        self._check_batch(unwrapped)
+        envs, limit = unwrap_batch(env)
         self._max_episode_steps = (
-            max_episode_steps if max_episode_steps is not None else limits[0]
+            max_episode_steps if max_episode_steps is not None else limit
         )
         self._ignore_terminations = ignore_terminations
         self._instruction = language_instruction
-        num_envs = sum(e.num_envs for e in unwrapped)
+        num_envs = sum(e.num_envs for e in envs)
         self._seeds = EpisodeSeeds(num_envs)
-        device = unwrapped[0].elapsed_steps.device
+        self._to_rebuild: set[int] = set()
+        device = envs[0].elapsed_steps.device
         self._observer = observer_of(
-            unwrapped[0],
-            ObsMode.parse(unwrapped[0].obs_mode if obs_mode is None else obs_mode),
+            envs[0],
+            ObsMode.parse(envs[0].obs_mode if obs_mode is None else obs_mode),
             device=device,
             camera=camera,
             teacher_camera=teacher_camera,
             from_pixels=from_pixels,
         )
         super().__init__(
-            env=list(unwrapped),
+            env=envs,
             device=device,
             batch_size=torch.Size([num_envs]),
             **kwargs,
         )
-
-    @staticmethod
-    def _check_batch(envs: Sequence[Any]) -> None:
-        if len({id(e) for e in envs}) != len(envs):
-            raise ValueError("The same environment was passed twice.")
-        for e in envs:
-            if len(envs) > 1 and (e.num_envs != 1 or e.device.type != "cpu"):
-                raise ValueError(
-                    "A batch is made of CPU environments with num_envs=1, or of a single "
-                    f"GPU environment. Got num_envs={e.num_envs} on {e.device} among "
-                    f"{len(envs)} environments."
-                )
-        kinds = {
-            (type(e).__name__, e.control_mode, e.reward_mode, e.obs_mode) for e in envs
-        }
-        if len(kinds) > 1:
-            raise ValueError(
-                "All environments of a batch must have the same task, control mode, "
-                f"reward mode and observation mode, got {sorted(map(str, kinds))}."
-            )
 
     def _check_kwargs(self, kwargs: dict) -> None:
         unknown = set(kwargs) - {"env"}
@@ -227,7 +205,6 @@ class ManiSkillWrapper(_EnvWrapper):
 
     def _make_specs(self, env: list[Any]) -> None:
         shape = self.batch_size
-        flag = Categorical(n=2, shape=(*shape, 1), dtype=torch.bool, device=self.device)
         info = env[0].get_info()
         self._flags = tuple(key for key in ("success", "fail") if key in info)
         # What the environments show now; a partial reset returns all rows.
@@ -244,37 +221,13 @@ class ManiSkillWrapper(_EnvWrapper):
         for key in self._flags:
             self._current[key] = zeros
         self._played = [0] * shape.numel()
-        self.observation_spec = Composite(shape=shape, device=self.device)
-        for key, value in self._current.items():
-            self.observation_spec[key] = (
-                Categorical(
-                    n=2, shape=value.shape, dtype=torch.bool, device=self.device
-                )
-                if value.dtype is torch.bool
-                else Unbounded(shape=value.shape, dtype=value.dtype, device=self.device)
-            )
-        if self._instruction is not None:
-            self.observation_spec["language_instruction"] = NonTensor(
-                shape=shape, example_data=self._instruction, device=self.device
-            )
-        space = env[0].single_action_space
-        self.action_spec = Bounded(
-            low=torch.as_tensor(space.low).expand(*shape, *space.shape),
-            high=torch.as_tensor(space.high).expand(*shape, *space.shape),
-            shape=(*shape, *space.shape),
-            dtype=torch.float32,
-            device=self.device,
+        device = self.device
+        self.observation_spec = _specs.observation_spec(
+            self._current, shape, self._instruction, device
         )
-        self.reward_spec = Unbounded(
-            shape=(*shape, 1), dtype=torch.float32, device=self.device
-        )
-        self.done_spec = Composite(
-            done=flag.clone(),
-            terminated=flag.clone(),
-            truncated=flag.clone(),
-            shape=shape,
-            device=self.device,
-        )
+        self.action_spec = _specs.action_spec(env[0].single_action_space, shape, device)
+        self.reward_spec = _specs.reward_spec(shape, device)
+        self.done_spec = _specs.done_spec(shape, device)
 
     def _reset(
         self, tensordict: TensorDictBase | None = None, **kwargs: Any
@@ -303,7 +256,7 @@ class ManiSkillWrapper(_EnvWrapper):
             self._played[row] = self._seeds.draw(row)
         seeds = [self._played[row] for row in rows]
         if env.num_envs == 1:
-            obs, info = env.reset(seed=seeds[0])
+            obs, info = env.reset(seed=seeds[0], options=self._options(env))
             where, there = torch.tensor(rows), torch.tensor([0])
         else:
             where = there = torch.tensor(rows, device=self.device)
@@ -319,7 +272,7 @@ class ManiSkillWrapper(_EnvWrapper):
     ) -> tuple[Any, dict[str, Any]]:
         """Resets some or all scenes of one environment."""
         if len(rows) == env.num_envs:
-            return env.reset(seed=seeds)
+            return env.reset(seed=seeds, options=self._options(env))
         if env.reconfiguration_freq:
             raise RuntimeError(
                 "ManiSkill cannot rebuild its scenes (reconfiguration_freq) when only "
@@ -332,6 +285,12 @@ class ManiSkillWrapper(_EnvWrapper):
         every = list(self._played)
         every[0] = seeds[0]
         return env.reset(seed=every, options={"env_idx": where})
+
+    def _options(self, env: Any) -> dict[str, Any]:
+        """Has ManiSkill rebuild the simulation, once, where a state was loaded."""
+        rebuild = id(env) in self._to_rebuild
+        self._to_rebuild.discard(id(env))
+        return {"reconfigure": True} if rebuild else {}
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict.get(self.action_key)
@@ -396,8 +355,17 @@ class ManiSkillWrapper(_EnvWrapper):
         return OrderedDict(episode_seeds=self._seeds.state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], **kwargs: Any) -> None:
-        """Restores the seed streams; they are used from the next reset on."""
+        """Restores the seed streams; they are used from the next reset on.
+
+        Each environment's simulation is rebuilt at that reset (on a GPU: at the next
+        reset of all scenes), so that its episodes are those of a fresh environment bit
+        for bit: PhysX keeps a trace of earlier contacts. An empty state, which is all
+        that a collector keeps of an environment without transforms, changes nothing.
+        """
+        if not state_dict:
+            return
         self._seeds.load_state_dict(state_dict["episode_seeds"])
+        self._to_rebuild = {id(env) for env in self._env}
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Closes all environments. A closed environment cannot be used again."""

@@ -14,6 +14,7 @@ from torchrl_rpd.teachers.check import (
 from torchrl_rpd.teachers.checkpoints import CHECKPOINTS, Checkpoint
 from torchrl_rpd.teachers.octo import OctoTeacher
 from torchrl_rpd.teachers.openvla import OpenVLATeacher
+from torchrl_rpd.teachers.remote import RemoteTeacher
 from torchrl_rpd.teachers.scripted import ScriptedTeacher
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Checkpoint",
     "OctoTeacher",
     "OpenVLATeacher",
+    "RemoteTeacher",
     "ScriptedTeacher",
     "TeacherCheckError",
     "TeacherReport",

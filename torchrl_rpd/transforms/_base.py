@@ -119,8 +119,11 @@ class LabellingTransform(Transform):
         return out
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Generator, counters, chunks and history, as part of the ``state_dict``."""
+        """Switch, generators, counters, chunks and history, for the ``state_dict``."""
+        teacher_rng = self._handle.get_rng_state()
         return {
+            **({} if teacher_rng is None else {"teacher_rng": teacher_rng}),
+            "enabled": self.enabled,
             "generator": self._labeller.shared.generator.get_state(),
             "stats": dict(self.stats()),
             "memory": self._labeller.state(),
@@ -129,6 +132,9 @@ class LabellingTransform(Transform):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`get_extra_state` returned."""
+        if "teacher_rng" in state:
+            self._handle.set_rng_state(state["teacher_rng"])
+        self._labeller.shared.enabled = bool(state["enabled"])
         self._labeller.shared.generator.set_state(state["generator"].cpu())
         self._labeller.shared.stats.load(state["stats"])
         self._labeller.load(state["memory"])

@@ -15,8 +15,10 @@ class ChunkCache:
     """One action chunk and one position in it for every environment of a batch.
 
     A row is due for a new query when its chunk has been used for ``interval`` steps, at
-    the start of an episode, and whenever :meth:`invalidate` was called. Rows move on
-    their own: episodes may end and start anew in any pattern.
+    the start of an episode, and whenever :meth:`invalidate` was called. A chunk that
+    holds NaN or an infinity (no answer came, or a broken one) is not followed: its row
+    is due at the next step. Rows move on their own: episodes may end and start anew in
+    any pattern.
 
     Args:
         interval (int): how many actions of a chunk are used, at least 2.
@@ -38,6 +40,8 @@ class ChunkCache:
     def __init__(self, interval: int) -> None:
         self.interval = interval
         self._chunks: torch.Tensor | None = None  # [N, interval, A]
+        # Beside the chunks, and read one step later: no wait for a teacher at work.
+        self._broken: torch.Tensor | None = None  # bool [N]
         # On the CPU: it decides which rows are asked about. [N]; >= interval: due
         self._position: torch.Tensor | None = None
 
@@ -55,7 +59,10 @@ class ChunkCache:
         """Moves ``rows`` on by one step; returns those of them that are due."""
         position = self._positions(num_envs)
         position[rows] += 1
-        return rows[position[rows] >= self.interval]
+        due = position[rows] >= self.interval
+        if self._broken is not None:
+            due = due | self._broken.cpu()[rows]
+        return rows[due]
 
     def store(self, rows: torch.Tensor, chunks: torch.Tensor) -> None:
         """Keeps new chunks ``[n, H, A]``, ``H`` at least ``interval``."""
@@ -69,7 +76,12 @@ class ChunkCache:
         if self._chunks is None:
             self._chunks = chunks.new_zeros(self._position.shape[0], *chunks.shape[1:])
         self._chunks = self._chunks.to(chunks.device)
-        self._chunks[rows.to(chunks.device)] = chunks.to(self._chunks.dtype)
+        at = rows.to(chunks.device)
+        self._chunks[at] = chunks.to(self._chunks.dtype)
+        if self._broken is None:
+            self._broken = chunks.new_zeros(self._chunks.shape[0], dtype=torch.bool)
+        self._broken = self._broken.to(chunks.device)
+        self._broken[at] = _broken(chunks)
         self._position[rows] = 0
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
@@ -96,4 +108,9 @@ class ChunkCache:
         """
         if state and state["chunks"].shape[1] == self.interval:
             self._chunks = state["chunks"].clone()
+            self._broken = _broken(self._chunks)
             self._position = state["position"].clone().cpu()
+
+
+def _broken(chunks: torch.Tensor) -> torch.Tensor:
+    return ~chunks.isfinite().flatten(1).all(1)

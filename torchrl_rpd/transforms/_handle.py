@@ -22,10 +22,11 @@ STD_KEYS: tuple[NestedKey, ...] = ("teacher_std", ("vla_action", "std"))
 Teacher = Callable[[TensorDictBase], Any]
 
 
-def _rebuild_handle(payload: bytes) -> TeacherHandle:
+def _rebuild_handle(payload: bytes, always_finite: bool) -> TeacherHandle:
     import cloudpickle
 
-    return TeacherHandle(factory=cloudpickle.loads(payload))
+    factory = cloudpickle.loads(payload)
+    return TeacherHandle(factory=factory, always_finite=always_finite)
 
 
 class TeacherHandle:
@@ -42,9 +43,11 @@ class TeacherHandle:
     Keyword Args:
         factory (callable, optional): takes no argument and returns the teacher; called
             at the first use of the teacher.
+        always_finite (bool): whether NaN in its answers is an error, which a teacher
+            whose ``on_error`` is ``"mask"`` contradicts. Defaults to ``False``.
 
     Raises:
-        ValueError: if not exactly one of both is given.
+        ValueError: if not exactly one of both is given, or for that contradiction.
         TypeError: if either is not callable.
         RuntimeError: on pickling an in-process teacher, or using one after a fork.
 
@@ -62,6 +65,7 @@ class TeacherHandle:
         teacher: Teacher | None = None,
         *,
         factory: Callable[[], Teacher] | None = None,
+        always_finite: bool = False,
     ) -> None:
         if (teacher is None) == (factory is None):
             raise ValueError(
@@ -76,7 +80,8 @@ class TeacherHandle:
         self.crossed_process = False
         self._factory = factory
         self._process = os.getpid()
-        self._teacher = None if teacher is None else _freeze(teacher)
+        self._always_finite = always_finite
+        self._teacher = None if teacher is None else self._take(teacher)
 
     @property
     def in_process(self) -> bool:
@@ -102,8 +107,45 @@ class TeacherHandle:
             # Building a network draws random weights: kept away from the global
             # generator, so that the student samples the same with every placement.
             with torch.random.fork_rng(devices=[]):
-                self._teacher = _freeze(self._factory())
+                self._teacher = self._take(self._factory())
         return self._teacher
+
+    def _take(self, teacher: Any) -> Teacher:
+        if self._always_finite and getattr(teacher, "on_error", None) == "mask":
+            raise ValueError(
+                f"{_name(teacher)} with on_error='mask' answers NaN when it cannot be "
+                "reached, which on_non_finite='raise' makes an error. Use "
+                "on_non_finite='mask' (the default), or on_error='raise'."
+            )
+        return _freeze(teacher)
+
+    def get_rng_state(self) -> torch.Tensor | None:
+        """The state of a stochastic teacher's own generator, None where it has none.
+
+        Such a teacher has methods ``get_rng_state`` and ``set_rng_state``, or an
+        attribute ``generator`` (:class:`torch.Generator`).
+        """
+        if self._teacher is None or self._process != os.getpid():
+            return None  # not built yet: it has drawn nothing
+        generator = _generator(self._teacher)
+        if generator is None:
+            return None
+        get, _ = generator
+        return get()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Has the teacher's generator go on from what :meth:`get_rng_state` returned.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        generator = _generator(self.teacher)
+        if generator is None:
+            raise ValueError(
+                f"A state of the teacher's generator was saved, but {self.name} has none."
+            )
+        _, set_state = generator
+        set_state(state.cpu())
 
     @property
     def in_keys(self) -> list[NestedKey] | None:
@@ -228,7 +270,7 @@ class TeacherHandle:
         # lambdas and closures are the usual factories, plain pickle refuses them
         payload = cloudpickle.dumps(self._factory)
         self.crossed_process = True
-        return _rebuild_handle, (payload,)
+        return _rebuild_handle, (payload, self._always_finite)
 
     def _stays_here(self) -> RuntimeError:
         return RuntimeError(
@@ -256,6 +298,20 @@ def _single_device(teacher: Teacher) -> torch.device | None:
         return None
     devices = {p.device for p in teacher.parameters()}
     return devices.pop() if len(devices) == 1 else None
+
+
+def _generator(
+    teacher: Any,
+) -> tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], object]] | None:
+    """How to read and set the generator of a stochastic teacher."""
+    get = getattr(teacher, "get_rng_state", None)
+    set_state = getattr(teacher, "set_rng_state", None)
+    if get is None or set_state is None:
+        generator = getattr(teacher, "generator", None)
+        if not isinstance(generator, torch.Generator):
+            return None
+        get, set_state = generator.get_state, generator.set_state
+    return get, set_state
 
 
 def _keys(td: TensorDictBase) -> Sequence[NestedKey]:

@@ -124,6 +124,11 @@ class Labeller:
         out._start_over()
         return out
 
+    @property
+    def converts(self) -> bool:
+        """Whether the teacher's actions are converted to those of the env."""
+        return self._rules.action_transform is not None
+
     # ------------------------------------------------------------------ which rows
     def label_env(
         self,

@@ -16,6 +16,7 @@ from torchrl.data.tensor_specs import Categorical, Composite, TensorSpec, Unboun
 
 from torchrl_rpd.transforms._base import LabellingTransform
 from torchrl_rpd.transforms._box import ActionBox, Bound
+from torchrl_rpd.transforms._fit import check_fit
 from torchrl_rpd.transforms._handle import Teacher, TeacherHandle
 from torchrl_rpd.transforms._labeller import LabelKeys, Labeller
 from torchrl_rpd.transforms._labels import LabelRules
@@ -125,9 +126,10 @@ class TeacherActionTransform(LabellingTransform):
 
     Raises:
         ValueError: for contradicting or out-of-range arguments; for labels of a wrong
-            shape; for stored frames with a teacher that looks back or is followed; in
-            an env that has such entries already, or in which a transform that ends
-            episodes (``StepCounter``) comes later.
+            shape (in an env before the first step, also from what the teacher says of
+            itself: ``action_dim``, ``chunk_size``); for stored frames with a teacher
+            that looks back or is followed; in an env that has such entries already, or
+            in which a transform that ends episodes (``StepCounter``) comes later.
         KeyError: if the teacher needs a key that is not there.
         RuntimeError: in an env with native auto-reset (it overwrites the terminal
             observations that RPD bootstraps from), with an in-process teacher inside a
@@ -187,7 +189,9 @@ class TeacherActionTransform(LabellingTransform):
             None if teacher_std_key is None else unravel_key(teacher_std_key),
         )
         out_keys = [key for key in keys if key is not None]
-        handle = TeacherHandle(teacher, factory=teacher_factory)
+        handle = TeacherHandle(
+            teacher, factory=teacher_factory, always_finite=on_non_finite == "raise"
+        )
         labeller = Labeller(
             TeacherQuery(
                 handle,
@@ -290,6 +294,16 @@ class TeacherActionTransform(LabellingTransform):
                 "teacher_mask_key=."
             )
         width = self._box().width
+        if self._handle.in_process:
+            # (One from a factory is built, and found not to fit, at the first reset.)
+            check_fit(
+                self._handle.teacher,
+                observation_spec,
+                width,
+                name=self._handle.name,
+                converted=self._labeller.converts,
+                replan_interval=self.replan_interval,
+            )
         shape, device = observation_spec.shape, observation_spec.device
         label = Unbounded(shape=(*shape, width), dtype=torch.float32, device=device)
         observation_spec[self.teacher_action_key] = label

@@ -62,8 +62,8 @@ class OctoTeacher(VLAWrapperBase):
     other distances the expected gradient depends on the number of draws as well: the
     mean of many is not distributed like one.
 
-    A transform's state does not hold the generator's: keep :meth:`get_rng_state` with
-    your checkpoint where a resumed run is to draw the same.
+    A :class:`~torchrl_rpd.transforms.TeacherActionTransform` keeps the generator's state
+    in its ``state_dict``, so that a resumed run draws the same.
 
     Args:
         model (OctoModel): the network.

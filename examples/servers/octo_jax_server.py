@@ -83,6 +83,20 @@ def unpack(data: bytes) -> Any:
     return msgpack.unpackb(data, object_hook=unpack_array)
 
 
+def metadata(model: str, action_dim: int, action_horizon: int) -> dict[str, Any]:
+    """What a client is told on connection, in the words of torchrl_rpd's protocol."""
+    return {
+        "server": "octo_jax_server/1",
+        "model": model,
+        "action_dim": action_dim,
+        "action_horizon": action_horizon,
+        "action_convention": "un-normalised, gripper as the model gives it",
+        "image_size": 256,
+        "batch": True,
+        "request_keys": ["observation/image", "prompt"],
+    }
+
+
 class OctoPolicy:
     """The original model behind one function from requests to answers."""
 
@@ -115,15 +129,9 @@ class OctoPolicy:
                 {"params": params}, *inputs, method=eps
             )
         )
-        self.metadata = {
-            "server": "octo_jax_server/1",
-            "model": checkpoint,
-            "action_dim": self.head.action_dim,
-            "action_horizon": self.head.action_horizon,
-            "action_convention": "un-normalised, gripper as the model gives it",
-            "image_size": 256,
-            "batch": True,
-        }
+        self.metadata = metadata(
+            checkpoint, self.head.action_dim, self.head.action_horizon
+        )
 
     def infer(self, request: dict) -> dict:
         """Answers one request."""
@@ -202,7 +210,7 @@ async def serve(policy: OctoPolicy, host: str, port: int, max_size: int) -> None
     loop = asyncio.get_running_loop()
 
     async def answer(socket: Any) -> None:
-        await socket.send(pack(policy.metadata))
+        await socket.send(pack({**policy.metadata, "max_message_bytes": max_size}))
         async for message in socket:
             start = time.perf_counter()
             try:

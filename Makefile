@@ -9,11 +9,15 @@
 # Variables: PYTHON=python3.11   the interpreter that creates .venv
 #            TORCH_INDEX_URL=... index to install torch from (e.g. CPU-only wheels)
 #            WHEELS=DIR          folder or page of wheels to look into first
+#            JOBS=2              processes that run the tests
 
 PYTHON ?= python3.11
 TORCH_INDEX_URL ?=
 WHEELS ?=
+JOBS ?= 2
 
+# Ray is large and needed by `slow` tests only.
+EXTRAS := maniskill,plot,wandb,tensorboard,hydra,remote,openvla,octo,dev
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -39,7 +43,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[2/3] installing torch $(TORCH)"
 	@$(PIP) $(TORCH_INDEX) "torch==$(TORCH)"
 	@echo "[3/3] installing torchrl_rpd, the simulator and the tools"
-	@$(PIP) -c constraints.txt -e ".[maniskill,plot,openvla,octo,dev]"
+	@$(PIP) -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -49,9 +53,10 @@ demo-full: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.demo_full
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -rfEs -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -rfEs -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 test-all: $(INSTALLED)
+	@$(PIP) -c constraints.txt -e ".[$(EXTRAS),ray]"
 	@$(BIN)/python -m pytest -rfEs
 
 lint: $(INSTALLED)

@@ -45,11 +45,13 @@ class TestImport:
         "gymnasium",
         "huggingface_hub",
         "hydra",
+        "lerobot",
         "mani_skill",
         "matplotlib",
         "msgpack",
         "omegaconf",
         "PIL",
+        "ray",
         "safetensors",
         "sapien",
         "scipy",
@@ -57,6 +59,7 @@ class TestImport:
         "torchvision",
         "transformers",
         "wandb",
+        "websockets",
     )
 
     def test_core_needs_only_torchrl(self):

@@ -9,6 +9,8 @@ needs: a schedule of the coefficient, the target KL, success rates and evaluatio
 
     python examples/rpd_trainer.py
     python examples/rpd_trainer.py --kl-rule stop --workers 2
+
+Killed or interrupted, the same command goes on from its last checkpoint in ``--out``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
 from torchrl_rpd.students import mlp_actor_critic
 from torchrl_rpd.teachers import ScriptedTeacher, check_teacher
 from torchrl_rpd.trainers import (
+    CheckpointHook,
     DistillCoeffSchedule,
     EvaluationHook,
     LogEpisodes,
@@ -51,6 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--episodes", type=int, default=200, help="to evaluate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint-every", type=int, default=8_000, help="frames")
     parser.add_argument("--out", type=Path, default=Path("runs/rpd_trainer"))
     args = parser.parse_args()
     set_learner_threads(num_workers=args.workers)
@@ -122,7 +126,20 @@ def main() -> None:
     EvaluationHook(
         eval_env, student.actor, interval=args.frames // 4, episodes=32, seeds=1_000_000
     ).register(trainer)
+    checkpoints = CheckpointHook(
+        args.out / "checkpoints",
+        every=args.checkpoint_every,
+        # What the run depends on: a checkpoint of other settings is refused.
+        config={k: v for k, v in vars(args).items() if k not in ("out", "episodes")},
+    )
+    checkpoints.register(trainer)
+    if checkpoints.resume():
+        print(f"going on at {trainer.collected_frames} frames")
     trainer.train()
+    if checkpoints.stopped_by:
+        print(f"{checkpoints.stopped_by}: the same command goes on from here")
+        eval_env.close()
+        return
 
     print(evaluate(eval_env, student.actor, episodes=args.episodes, seeds=2_000_000))
     print(f"teacher: {teacher.stats()}")

@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """Hooks for TorchRL's own trainer."""
 
+from torchrl_rpd.trainers.checkpointing import CheckpointHook
 from torchrl_rpd.trainers.hooks import (
     EvaluationHook,
     LogEpisodes,
@@ -16,6 +17,7 @@ from torchrl_rpd.trainers.schedules import DistillCoeffSchedule, distill_coeff_a
 from torchrl_rpd.trainers.target_kl import TargetKLStepper
 
 __all__ = [
+    "CheckpointHook",
     "DistillCoeffSchedule",
     "EvaluationHook",
     "LogEpisodes",

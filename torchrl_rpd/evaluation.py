@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +102,16 @@ class EvaluationResult:
     episodes: dict[str, torch.Tensor] = field(repr=False)
     seeds: int | None
     seconds: float
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> EvaluationResult:
+        """The inverse of :func:`dataclasses.asdict`, for checkpoints."""
+        estimates = {
+            name: Estimate(**value) if isinstance(value, Mapping) else value
+            for name, value in values.items()
+            if name != "episodes"
+        }
+        return EvaluationResult(**estimates, episodes=dict(values["episodes"]))
 
     def __str__(self) -> str:
         return (

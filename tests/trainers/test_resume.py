@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from torchrl.envs import Transform
 from toy_envs import ReachEnv
 
-from torchrl_rpd.trainers import CheckpointHook
+from torchrl_rpd.trainers import CheckpointHook, EvaluationHook
 
 
 class PlanningTeacher:
@@ -97,6 +97,28 @@ def test_every_env_starts_anew_at_a_checkpoint(tmp_path):
     assert not torch.isin(ids, run.recorder.batches[44]["collector", "traj_ids"]).any()
     # In between, episodes go on from batch to batch.
     assert run.recorder.batches[44]["step_count"][:, 0].flatten().tolist() == [3] * 4
+
+
+def test_evaluations_go_on(tmp_path):
+    """Those before the stop are kept, those after it are of an environment anew."""
+
+    def evaluated(directory, **kwargs):
+        run = Run(tmp_path / directory, **kwargs)
+        run.evaluation = EvaluationHook(
+            StreamEnv(2), run.student.actor, interval=run.frames_per_batch, episodes=2
+        )
+        run.evaluation.register(run.trainer)
+        return run.train().evaluation.history
+
+    whole = evaluated("whole")
+    evaluated("halves", stop_after=2)
+    rest = evaluated("halves")
+    assert [frames for frames, _ in rest] == [44, 88, 132, 176]
+    # The start of an episode, and with it the return, depends on those before it.
+    assert len({result.episode_return for _, result in whole}) == 4
+    for (_, ours), (_, theirs) in zip(whole, rest, strict=True):
+        assert ours.episode_return == theirs.episode_return
+        assert torch.equal(ours.episodes["length"], theirs.episodes["length"])
 
 
 def test_a_complete_run_is_not_trained_further(tmp_path):

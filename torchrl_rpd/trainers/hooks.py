@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -194,12 +195,23 @@ class EvaluationHook(TrainerHookBase):
         trainer.register_module(name, self)
 
     def state_dict(self) -> dict[str, Any]:
-        """When the next evaluation is due."""
-        return {"next": self._next}
+        """When the next evaluation is due, those so far, and the environment's state."""
+        return {
+            "next": self._next,
+            "history": [(frames, asdict(result)) for frames, result in self.history],
+            "env": dict(self.env.state_dict()),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self._next = state_dict["next"]
+        self.history = [
+            (frames, EvaluationResult.from_dict(result))
+            for frames, result in state_dict["history"]
+        ]
+        # ManiSkill's simulations are rebuilt: the evaluation of a resumed run is that of
+        # one that was never interrupted.
+        self.env.load_state_dict(state_dict["env"])
 
 
 class ObservationNormUpdate(StatelessHook):

@@ -106,12 +106,12 @@ class EvaluationResult:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> EvaluationResult:
         """The inverse of :func:`dataclasses.asdict`, for checkpoints."""
-        estimates = {
+        given: dict[str, Any] = {
             name: Estimate(**value) if isinstance(value, Mapping) else value
             for name, value in values.items()
             if name != "episodes"
         }
-        return EvaluationResult(**estimates, episodes=dict(values["episodes"]))
+        return EvaluationResult(**{**given, "episodes": dict(values["episodes"])})
 
     def __str__(self) -> str:
         return (

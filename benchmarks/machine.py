@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from torchrl_rpd._threads import available_cpus
 PACKAGES = ("torch", "torchrl", "tensordict", "mani_skill", "sapien", "numpy")
 
 
-def machine() -> dict[str, Any]:
-    """Processor, Python and versions of the packages that matter."""
+def machine(*also: str) -> dict[str, Any]:
+    """Processor, Python and versions of the packages that matter and are there.
+
+    Args:
+        also (str): further packages that matter to a benchmark.
+    """
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -31,10 +36,18 @@ def machine() -> dict[str, Any]:
         "cores": available_cpus(),
         "python": platform.python_version(),
         "cuda": torch.cuda.is_available(),
-        **{package: version(package) for package in PACKAGES},
+        **_versions(*PACKAGES, *also),
     }
 
 
-def machine_line() -> str:
+def machine_line(*also: str) -> str:
     """The same in one line."""
-    return ", ".join(f"{key} {value}" for key, value in machine().items())
+    return ", ".join(f"{key} {value}" for key, value in machine(*also).items())
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

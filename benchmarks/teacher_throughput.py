@@ -41,36 +41,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks._measure import seconds
+from benchmarks.machine import machine_line
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def seconds(
-    function: Callable[[], Any], *, device: torch.device, repeats: int
-) -> float:
-    """Median wall-clock time of a call, its work on the device included."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    function()  # allocations, compilation, caches
-    times = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        function()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
@@ -117,9 +97,9 @@ def main() -> None:
     on_cuda = device.type == "cuda"
     dtype = DTYPES[args.dtype or ("bfloat16" if on_cuda else "float32")]
     torch.manual_seed(0)
-    name = torch.cuda.get_device_name(device) if on_cuda else platform.machine()
-    print(f"{args.teacher}{' (tiny)' if args.tiny else ''}, {name}, {dtype}, ", end="")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    name = f", {torch.cuda.get_device_name(device)}" if on_cuda else ""
+    print(f"{args.teacher}{' (tiny)' if args.tiny else ''}{name}, {dtype}, ", end="")
+    print(f"{torch.get_num_threads()} threads, {machine_line()}")
     size = 8192 if on_cuda else 1024
     rate = product_rate(device, dtype, size)
     print(f"{size}-cubed product: {rate / 1e12:.3f} TFLOP/s (median of 20)\n")

@@ -21,18 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
-from benchmarks.teacher_throughput import seconds
+from benchmarks._measure import IMAGE_SIZE, INSTRUCTION, Timed, measure_batches
 from torchrl_rpd.teachers.octo import OctoTeacher, write_random_checkpoint
 from torchrl_rpd.teachers.octo._checkpoint import load_checkpoint
 from torchrl_rpd.teachers.octo._model import OctoModel
 from torchrl_rpd.teachers.octo.convert import convert
-
-INSTRUCTION = "push the cube away from the robot base"
-IMAGE_SIZE = 256
-LOOPED_IMAGES = 4  # per repetition of the loop
 
 
 def flops_per_frame(model: OctoModel) -> float:
@@ -137,56 +132,30 @@ def measure(
             folder / "copy", instruction=INSTRUCTION, device=device, dtype=dtype
         )
     model = teacher.model
-    flops = flops_per_frame(model)
-    generator = torch.Generator().manual_seed(0)
-    shape = (max(batches), 3, IMAGE_SIZE, IMAGE_SIZE)
-    everything = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    everything = everything.to(device)
-    looped = everything[:LOOPED_IMAGES]
     text, _ = teacher._texts([INSTRUCTION])
 
-    rows = []
-    for batch in batches:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        images = everything[:batch]
-        td = TensorDict({"observation": {"image": images}}, [batch], device=device)
-
-        def timed(function: Any) -> float:
-            return seconds(function, device=device, repeats=repeats)
-
-        # Beside each other, so that a busy machine slows both.
-        loop = timed(lambda: original_loop(teacher, looped)) / looped.shape[0]
-        whole = timed(lambda td=td: teacher(td.copy()))
-        with torch.no_grad():
-            shown = {"primary": images.unsqueeze(1)}
-            given: list[Any] = []
-            hook = model.transformer.register_forward_pre_hook(
-                lambda module, args, given=given: given.extend(args)
-            )
-            readout = model.readouts(shown, text)[:, -1, 0]
-            hook.remove()
-            noise = teacher._noise(21, (), readout)
-            parts = {
-                "stem": timed(
-                    lambda images=shown["primary"]: model._camera("primary", images)
-                ),
-                "transformer": timed(lambda given=given: model.transformer(*given)),
-                "diffusion": timed(
-                    lambda r=readout, n=noise: model.head.sample(r, n[0], n[1:])
-                ),
-            }
-        on_cuda = device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(device) if on_cuda else None
-        rows.append(
-            {
-                "teacher": "octo",
-                "batch": batch,
-                "frames_per_second": batch / whole,
-                "loop_frames_per_second": 1 / loop,
-                "parts": parts,
-                "flops_per_frame": flops,
-                "peak_memory": peak,
-            }
+    def parts(images: Tensor, timed: Timed) -> dict[str, float]:
+        shown = {"primary": images.unsqueeze(1)}
+        given: list[Any] = []
+        hook = model.transformer.register_forward_pre_hook(
+            lambda module, args: given.extend(args)
         )
-    return rows
+        readout = model.readouts(shown, text)[:, -1, 0]
+        hook.remove()
+        noise = teacher._noise(21, (), readout)
+        return {
+            "stem": timed(lambda: model._camera("primary", shown["primary"])),
+            "transformer": timed(lambda: model.transformer(*given)),
+            "diffusion": timed(lambda: model.head.sample(readout, noise[0], noise[1:])),
+        }
+
+    return measure_batches(
+        "octo",
+        teacher,
+        batches,
+        original_loop=lambda images: original_loop(teacher, images),
+        parts=parts,
+        flops=flops_per_frame(model),
+        device=device,
+        repeats=repeats,
+    )

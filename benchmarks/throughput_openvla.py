@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
-from benchmarks.teacher_throughput import seconds
+from benchmarks._measure import INSTRUCTION, Timed, measure_batches
 from torchrl_rpd.teachers.openvla import OpenVLATeacher, write_tiny_checkpoint
 from torchrl_rpd.teachers.openvla._config import OpenVLAConfig, read_config
 from torchrl_rpd.teachers.openvla._model import OpenVLAModel
@@ -26,10 +25,7 @@ from torchrl_rpd.teachers.openvla._prompt import Prompts
 from torchrl_rpd.teachers.openvla._tiny import random_model
 from torchrl_rpd.teachers.openvla._vision import NUM_PATCHES
 
-INSTRUCTION = "push the cube away from the robot base"
-IMAGE_SIZE = 256
 NUM_TOKENS = 7
-LOOPED_IMAGES = 4  # per repetition of the loop
 
 
 def flops_per_frame(model: OpenVLAModel, prompt: int) -> float:
@@ -139,59 +135,34 @@ def measure(
     """See :mod:`benchmarks.teacher_throughput`."""
     chosen = {name: name in options for name in ("compile", "cuda_graph")}
     teacher = build(device=device, dtype=dtype, tiny=tiny, **chosen)
+
+    def parts(images: Tensor, timed: Timed) -> dict[str, float]:
+        prompts = teacher._prompts.batch([INSTRUCTION] * len(images), device)
+        pixels = teacher.pixels(images)
+        patches = teacher._patches(pixels)
+        state = teacher._prefill(patches, prompts, num_tokens=NUM_TOKENS)
+
+        def decode() -> Any:
+            teacher.model.cache.rewind(state.columns)
+            return teacher._decode(state, num_tokens=NUM_TOKENS)
+
+        return {
+            "resize": timed(lambda: teacher.pixels(images)),
+            "towers": timed(lambda: teacher._patches(pixels)),
+            "prefill": timed(
+                lambda: teacher._prefill(patches, prompts, num_tokens=NUM_TOKENS)
+            ),
+            "decode": timed(decode),
+        }
+
     prompt = len(teacher._prompts.ids(INSTRUCTION))
-    flops = flops_per_frame(teacher.model, prompt)
-    generator = torch.Generator().manual_seed(0)
-    shape = (max(batches), 3, IMAGE_SIZE, IMAGE_SIZE)
-    everything = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    everything = everything.to(device)
-    looped = everything[:LOOPED_IMAGES]
-    few = looped.shape[0]
-
-    rows = []
-    for batch in batches:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        images = everything[:batch]
-        td = TensorDict({"observation": {"image": images}}, [batch], device=device)
-
-        def timed(function: Any) -> float:
-            return seconds(function, device=device, repeats=repeats)
-
-        # Beside each other, so that a busy machine slows both.
-        loop = timed(lambda: original_loop(teacher, looped)) / few
-        whole = timed(lambda td=td: teacher(td.copy()))
-        with torch.no_grad():
-            prompts = teacher._prompts.batch([INSTRUCTION] * batch, device)
-            pixels = teacher.pixels(images)
-            patches = teacher._patches(pixels)
-            state = teacher._prefill(patches, prompts, num_tokens=NUM_TOKENS)
-
-            def prefill(patches: Tensor = patches, prompts: Any = prompts) -> Any:
-                return teacher._prefill(patches, prompts, num_tokens=NUM_TOKENS)
-
-            def decode(state: Any = state) -> Any:
-                teacher.model.cache.rewind(state.columns)
-                return teacher._decode(state, num_tokens=NUM_TOKENS)
-
-            parts = {
-                "resize": timed(lambda images=images: teacher.pixels(images)),
-                "towers": timed(lambda pixels=pixels: teacher._patches(pixels)),
-                "prefill": timed(prefill),
-                "decode": timed(decode),
-            }
-        peak = (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        )
-        rows.append(
-            {
-                "teacher": "openvla",
-                "batch": batch,
-                "frames_per_second": batch / whole,
-                "loop_frames_per_second": 1 / loop,
-                "parts": parts,
-                "flops_per_frame": flops,
-                "peak_memory": peak,
-            }
-        )
-    return rows
+    return measure_batches(
+        "openvla",
+        teacher,
+        batches,
+        original_loop=lambda images: original_loop(teacher, images),
+        parts=parts,
+        flops=flops_per_frame(teacher.model, prompt),
+        device=device,
+        repeats=repeats,
+    )

@@ -92,5 +92,14 @@ def test_benchmark_of_scripted_teachers():
     assert "| PushCube-v1 |" in out
 
 
+@pytest.mark.slow
+def test_remote_benchmark():
+    pytest.importorskip("websockets")
+    out = run(
+        *("-m", "benchmarks.remote_teacher", "--rows", 2, "--rounds", 1, "--calls", 1)
+    )
+    assert "| 2 | websocket |" in out
+
+
 if __name__ == "__main__":
     pytest.main([__file__])

@@ -12,6 +12,7 @@ from torchrl_rpd.teachers.check import (
     check_teacher,
 )
 from torchrl_rpd.teachers.checkpoints import CHECKPOINTS, Checkpoint
+from torchrl_rpd.teachers.lerobot import LeRobotTeacher
 from torchrl_rpd.teachers.octo import OctoTeacher
 from torchrl_rpd.teachers.openvla import OpenVLATeacher
 from torchrl_rpd.teachers.remote import RemoteTeacher
@@ -20,6 +21,7 @@ from torchrl_rpd.teachers.scripted import ScriptedTeacher
 __all__ = [
     "CHECKPOINTS",
     "Checkpoint",
+    "LeRobotTeacher",
     "OctoTeacher",
     "OpenVLATeacher",
     "RemoteTeacher",

@@ -1,0 +1,192 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The paper's study as recipes: any task, reward, teacher, student and control.
+
+What is trained stands in ``examples/conf``, a commented tree of Hydra files; the script
+builds it, checks the teacher, evaluates it, trains TorchRL's ``PPOTrainer`` and evaluates
+the student on episodes that nobody has seen. Everything goes to ``runs/<name>``.
+
+    python examples/rpd.py task=pick_cube reward=dense teacher=scripted student=mlp seed=0
+    python examples/rpd.py reward=sparse flaw=goal algo=ppo      # or algo=imitation
+    python examples/rpd.py preset=paper teacher=octo --cfg job   # show it, run nothing
+    python examples/rpd.py -m seed=0,1,2,3,4 algo=rpd,ppo,imitation
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torchrl._utils import logger as torchrl_logger
+
+from torchrl_rpd import set_learner_threads
+from torchrl_rpd.envs import TASKS
+from torchrl_rpd.evaluation import EvaluationResult, evaluate
+from torchrl_rpd.teachers import check_teacher
+from torchrl_rpd.trainers import CheckpointHook
+
+# Fresh for everybody: neither the training's nor the learning curve's episodes.
+FINAL_SEEDS = 2_000_000
+
+
+def nonsense(cfg: DictConfig) -> str | None:
+    """One sentence on why this cannot be run, before anything is built; or None."""
+    task = cfg.env.task_id
+    scripted = cfg.labels.startswith("scripted")
+    modes = TASKS[task].reward_modes if task in TASKS else [cfg.env.reward_mode]
+    if cfg.env.reward_mode not in modes:
+        return f"{task} has no reward {cfg.env.reward_mode!r}, only {', '.join(modes)}."
+    if scripted and cfg.algo != "ppo" and TASKS[task].split != "trained":
+        return (
+            f"There is no scripted teacher for {task}: choose teacher=openvla or "
+            "teacher=octo, a trained task, or algo=ppo."
+        )
+    batch = cfg.env.num_envs * cfg.env.num_workers * cfg.trainer.steps_per_batch
+    if cfg.frames < batch:
+        return (
+            f"frames={cfg.frames} is less than one batch: {batch} frames of "
+            f"{cfg.env.num_workers} x {cfg.env.num_envs} environments."
+        )
+    schedule = cfg.schedule
+    silent = schedule.init == 0 and (schedule.kind == "constant" or schedule.end == 0)
+    if cfg.algo == "ppo" and not silent:
+        return "algo=ppo has no teacher to ask: leave schedule and its init alone."
+    if cfg.algo != "ppo" and silent:
+        return (
+            f"algo={cfg.algo} with a coefficient of 0 is algo=ppo: say so, or set "
+            "schedule.init above 0."
+        )
+    if cfg.algo == "imitation" and not cfg.teacher_action.query_fraction:
+        return "algo=imitation learns from labels alone, and query_fraction=0 has none."
+    if cfg.loss.distill_type == "kl" and cfg.algo != "ppo":
+        if scripted:
+            return "distill_type=kl needs a teacher with a spread: openvla or octo."
+        if cfg.teacher_action.teacher_std_key is None:
+            return (
+                "distill_type=kl needs the teacher's spread in the rollout: set "
+                "teacher_action.teacher_std_key=teacher_std, and with teacher=openvla "
+                "teacher.spread=true teacher.readout=mean teacher.min_std=0.02, with "
+                "teacher=octo teacher.num_samples=10."
+            )
+    return None
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """What the course of the training depends on: a checkpoint of another is refused."""
+    whole = OmegaConf.to_container(cfg, resolve=True)
+    elsewhere = ("name", "runs", "episodes", "check_teacher", "checkpoint", "logger")
+    for name in elsewhere:
+        whole.pop(name, None)
+    whole["trainer"].pop("logger")
+    return whole
+
+
+def mean(values: list[float]) -> float | None:
+    """Average of the logged values."""
+    return sum(values) / len(values) if values else None
+
+
+def numbers(result: EvaluationResult | None) -> dict[str, Any] | None:
+    """An evaluation as JSON."""
+    if result is None:
+        return None
+    names = ("success_once", "success_at_end", "episode_return", "length")
+    return {name: asdict(getattr(result, name)) for name in names}
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Builds, checks, trains and evaluates."""
+    if sentence := nonsense(cfg):
+        sys.exit(f"rpd.py: {sentence}")
+    out = Path(cfg.runs) / cfg.name
+    out.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, out / "config.yaml", resolve=True)
+    set_learner_threads(num_workers=cfg.env.num_workers)
+    torchrl_logger.setLevel("WARNING")
+
+    # 1. Every part of the recipe, and TorchRL's PPOTrainer over them.
+    trainer = instantiate(cfg.trainer)
+    student, labels = trainer.parts.student, trainer.parts.teacher_action
+    curve = trainer.parts.evaluation
+
+    # 2. The teacher: can it be right, and how good is it? (PPO alone has none.)
+    seeds, teacher = FINAL_SEEDS + cfg.seed, None
+    if cfg.algo != "ppo":
+        # Kept away from the generator that training draws from.
+        with torch.random.fork_rng(devices=[]):
+            expert = trainer.parts.teacher
+            if cfg.check_teacher:
+                print(check_teacher(expert, curve.env), flush=True)
+            teacher = evaluate(curve.env, expert, episodes=cfg.episodes, seeds=seeds)
+        print(f"teacher: success {teacher.success_once}", flush=True)
+
+    # 3. Training; it closes the simulators. Killed at any moment, the same command goes on
+    # from the last checkpoint.
+    checkpoints = None
+    if cfg.checkpoint.every is not None:
+        checkpoints = CheckpointHook(
+            out / "checkpoints", every=cfg.checkpoint.every, config=identity(cfg)
+        )
+        checkpoints.register(trainer)
+        if checkpoints.resume():
+            print(f"going on at {trainer.collected_frames} frames", flush=True)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+
+    if checkpoints is not None and checkpoints.stopped_by:
+        print(f"{checkpoints.stopped_by}: the same command goes on from here")
+        return
+
+    # 4. The student, on the teacher's episodes.
+    result = evaluate(curve.env, student.actor, episodes=cfg.episodes, seeds=seeds)
+    curve.env.close()
+    print(f"student: success {result.success_once}; teacher queries: {labels.stats()}")
+    student.save(
+        out / "student.safetensors",
+        task=cfg.env.task_id,
+        reward=cfg.env.reward_mode,
+        seed=cfg.seed,
+        frames=trainer.collected_frames,
+    )
+    logged = trainer._log_dict
+    results = {
+        "algo": cfg.algo,
+        "task": cfg.env.task_id,
+        "reward": cfg.env.reward_mode,
+        "labels": cfg.labels,
+        "preset": cfg.preset,
+        "seed": cfg.seed,
+        "frames": trainer.collected_frames,
+        # Of a run that went on: seconds and shares since its last start.
+        "resumed": checkpoints is not None and checkpoints.resume(),
+        "seconds": seconds,
+        "eval_seconds": sum(r.seconds for _, r in curve.history),
+        "teacher": numbers(teacher),
+        "student": numbers(result),
+        "teacher_stats": dict(labels.stats()),
+        "curve": [(frames, r.success_once.mean) for frames, r in curve.history],
+        "ppo_active": mean(logged.get("ppo_active", [])),
+        "distill_active": mean(logged.get("distill_active", [])),
+        "versions": {
+            name: version(name) for name in ("torch", "torchrl", "tensordict")
+        },
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote config.yaml, results.json and student.safetensors to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -102,7 +102,6 @@ def test_scalars_of_numpy():
         np.zeros((1,) * 9),
         2**70,
     ],
-    ids=str,
 )
 def test_what_cannot_be_sent(value):
     with pytest.raises(MessageError):

@@ -11,6 +11,7 @@ from torchrl_rpd.trainers.hooks import (
     LogTeacher,
     ObservationNormUpdate,
 )
+from torchrl_rpd.trainers.jump_start import JumpStartSchedule, OwnStepsAdvantage
 from torchrl_rpd.trainers.minibatches import OnPolicyMinibatches
 from torchrl_rpd.trainers.ppo import make_ppo_trainer
 from torchrl_rpd.trainers.schedules import DistillCoeffSchedule, distill_coeff_at
@@ -20,10 +21,12 @@ __all__ = [
     "CheckpointHook",
     "DistillCoeffSchedule",
     "EvaluationHook",
+    "JumpStartSchedule",
     "LogEpisodes",
     "LogTeacher",
     "ObservationNormUpdate",
     "OnPolicyMinibatches",
+    "OwnStepsAdvantage",
     "TargetKLStepper",
     "distill_coeff_at",
     "make_ppo_trainer",

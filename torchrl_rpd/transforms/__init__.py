@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from torchrl_rpd.transforms.jump_start import JumpStartTransform
 from torchrl_rpd.transforms.teacher import TeacherActionTransform
 
-__all__ = ["TeacherActionTransform"]
+__all__ = ["JumpStartTransform", "TeacherActionTransform"]

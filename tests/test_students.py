@@ -48,6 +48,18 @@ def test_action_distribution():
     assert torch.equal(td["action"], td["loc"])
 
 
+def test_one_deviation_per_dimension(tmp_path):
+    student = mlp_actor_critic(5, 3, log_std_init=(-1.5, -1.5, -0.25))
+    scale = student.actor(observations(4))["scale"]
+    expected = torch.tensor([-1.5, -1.5, -0.25]).exp().expand(4, 3)
+    torch.testing.assert_close(scale, expected)
+    student.save(tmp_path / "s.safetensors")
+    loaded = ActorCritic.load(tmp_path / "s.safetensors")
+    assert torch.equal(loaded.actor(observations(4))["scale"], scale)
+    with pytest.raises(ValueError, match="one for each of the 3 action dimensions"):
+        mlp_actor_critic(5, 3, log_std_init=(-1.5, -0.25))
+
+
 def test_initialisation():
     """Small first actions, orthogonal hidden layers, zero biases."""
     student = mlp_actor_critic(5, 3, num_cells=(32, 16))

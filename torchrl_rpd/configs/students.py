@@ -43,7 +43,7 @@ class MLPStudentConfig(_StudentConfig):
     observation_dim: int | None = None
     action_dim: int | None = None
     num_cells: list[int] = field(default_factory=lambda: [256, 256])
-    log_std_init: float = -0.5
+    log_std_init: Any = -0.5
     normalize_observation: bool = True
     observation_key: Any = "observation"
     _target_: str = "torchrl_rpd.configs.students.make_mlp"
@@ -68,7 +68,7 @@ class CNNStudentConfig(_StudentConfig):
     image_size: Any = None
     action_dim: int | None = None
     state_dim: int | None = None
-    log_std_init: float = -0.5
+    log_std_init: Any = -0.5
     image_key: Any = field(default_factory=lambda: ["observation", "image"])
     state_key: Any = field(default_factory=lambda: ["observation", "state"])
     _target_: str = "torchrl_rpd.configs.students.make_cnn"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
 from tensordict.utils import NestedKey
 from torch import nn
@@ -46,14 +47,24 @@ def orthogonal_mlp(
 def normal_actor(
     modules: Sequence[nn.Module],
     action_dim: int,
-    log_std_init: float,
+    log_std_init: float | Sequence[float],
     in_key: NestedKey,
 ) -> ProbabilisticActor:
     """An unbounded diagonal normal around what ``modules`` compute from ``in_key``.
 
     Its standard deviation does not depend on the observation.
+
+    Raises:
+        ValueError: if there is neither one initial value nor one per action dimension.
     """
-    scale = AddStateIndependentNormalScale(action_dim, init_value=log_std_init)
+    values = torch.as_tensor(log_std_init, dtype=torch.get_default_dtype())
+    if values.shape not in ((), (action_dim,)):
+        raise ValueError(
+            f"log_std_init is a number, or one for each of the {action_dim} action "
+            f"dimensions; got {list(values.shape)}."
+        )
+    scale = AddStateIndependentNormalScale(action_dim)
+    scale.state_independent_scale.data.copy_(values)
     return ProbabilisticActor(
         TensorDictModule(
             nn.Sequential(*modules, scale), in_keys=[in_key], out_keys=["loc", "scale"]

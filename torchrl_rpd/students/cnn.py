@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
@@ -116,7 +118,7 @@ def cnn_actor_critic(
     action_dim: int,
     *,
     state_dim: int | None = None,
-    log_std_init: float = -0.5,
+    log_std_init: float | Sequence[float] = -0.5,
     image_key: NestedKey = ("observation", "image"),
     state_key: NestedKey = ("observation", "state"),
 ) -> ActorCritic:
@@ -150,8 +152,10 @@ def cnn_actor_critic(
         state_dim (int, optional): ``D`` of a ``[*B, D]`` float32 state that the student
             sees beside the image (256 more features, linear). Default: ``None``, no
             state, as in the paper.
-        log_std_init (float): initial log standard deviation, in action units. Default:
-            ``-0.5``, the paper's code.
+        log_std_init (float or sequence of float): initial log standard deviation, in
+            action units; one number, or one per action dimension (a gripper that opens
+            or closes needs more than an arm to try the other). Default: ``-0.5``, the
+            paper's code.
         image_key (NestedKey): ``[*B, 3, H, W]`` uint8. Default:
             ``("observation", "image")``.
         state_key (NestedKey): read only with ``state_dim``. Default:
@@ -208,7 +212,9 @@ def cnn_actor_critic(
         "image_size": image_size if isinstance(image_size, int) else list(image_size),
         "action_dim": action_dim,
         "state_dim": state_dim,
-        "log_std_init": log_std_init,
+        "log_std_init": (
+            log_std_init if isinstance(log_std_init, int | float) else [*log_std_init]
+        ),
         "image_key": key_to_json(image_key),
         "state_key": key_to_json(state_key),
     }

@@ -29,7 +29,7 @@ def mlp_actor_critic(
     action_dim: int,
     *,
     num_cells: Sequence[int] = (256, 256),
-    log_std_init: float = -0.5,
+    log_std_init: float | Sequence[float] = -0.5,
     normalize_observation: bool = True,
     observation_key: NestedKey = "observation",
 ) -> ActorCritic:
@@ -46,8 +46,10 @@ def mlp_actor_critic(
 
     Keyword Args:
         num_cells (sequence of int): widths of the hidden layers. Default: ``(256, 256)``.
-        log_std_init (float): initial log standard deviation, in action units. Default:
-            ``-0.5``, the paper's code.
+        log_std_init (float or sequence of float): initial log standard deviation, in
+            action units; one number, or one per action dimension (a gripper that opens
+            or closes needs more than an arm to try the other). Default: ``-0.5``, the
+            paper's code.
         normalize_observation (bool): if ``True`` (default), both networks see
             observations normalised by running statistics, see
             :class:`RunningObservationNorm`.
@@ -85,7 +87,9 @@ def mlp_actor_critic(
         "observation_dim": observation_dim,
         "action_dim": action_dim,
         "num_cells": list(num_cells),
-        "log_std_init": log_std_init,
+        "log_std_init": (
+            log_std_init if isinstance(log_std_init, int | float) else [*log_std_init]
+        ),
         "normalize_observation": normalize_observation,
         "observation_key": key_to_json(observation_key),
     }

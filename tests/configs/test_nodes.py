@@ -74,6 +74,12 @@ PAIRS = [
         added={"num_workers": 1, "make_kwargs": {}},
     ),
     Pair("TeacherActionTransformConfig", [transforms.TeacherActionTransform.__init__]),
+    Pair("JumpStartTransformConfig", [transforms.JumpStartTransform.__init__]),
+    Pair(
+        "JumpStartScheduleConfig",
+        [trainers.JumpStartSchedule.__init__],
+        filled={"transform"},
+    ),
     Pair(
         "DistillPPOLossConfig",
         [DistillPPOLoss.__init__, ClipPPOLoss.__init__, PPOLoss.__init__],
@@ -224,6 +230,7 @@ class TestNodes:
             ("student", "mlp"),
             ("student", "cnn"),
             ("schedule", "cosine"),
+            ("schedule", "return_ratio"),
             ("hook", "evaluation"),
             ("trainer", "rpd"),
         }
@@ -246,7 +253,8 @@ class TestNodes:
 
     def test_schedules_differ_in_kind(self):
         kinds = {n.name: n.node.kind for n in configs.NODES if n.group == "schedule"}
-        assert kinds == {"constant": "constant", "linear": "linear", "cosine": "cosine"}
+        assert set(kinds) == {"constant", "linear", "cosine", "return_ratio"}
+        assert all(kind == name for name, kind in kinds.items())
 
     def test_unknown_name(self):
         with pytest.raises(AttributeError, match="no attribute 'Nothing'"):

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
         SyncPolicyConfig,
         TargetKLStepperConfig,
     )
+    from torchrl_rpd.configs.jump_start import (
+        JumpStartScheduleConfig,
+        JumpStartTransformConfig,
+    )
     from torchrl_rpd.configs.nodes import NODES, register
     from torchrl_rpd.configs.objectives import (
         DistillKLPENPPOLossConfig,
@@ -61,6 +65,7 @@ _MODULES = {
         "SyncPolicyConfig",
         "TargetKLStepperConfig",
     ),
+    "jump_start": ("JumpStartScheduleConfig", "JumpStartTransformConfig"),
     "nodes": ("NODES", "register"),
     "objectives": (
         "DistillKLPENPPOLossConfig",
@@ -88,6 +93,8 @@ __all__ = [
     "DistillPPOLossConfig",
     "EvaluationHookConfig",
     "FiniteHorizonGAEConfig",
+    "JumpStartScheduleConfig",
+    "JumpStartTransformConfig",
     "LogEpisodesConfig",
     "LogTeacherConfig",
     "MLPStudentConfig",

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torchrl.envs import TransformedEnv
@@ -15,6 +15,8 @@ from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_rpd.students import RunningObservationNorm
 from torchrl_rpd.transforms import TeacherActionTransform
+
+T = TypeVar("T")
 
 
 class LateHook(TrainerHookBase):
@@ -46,20 +48,25 @@ class LateHook(TrainerHookBase):
         self.hook.load_state_dict(state_dict)
 
 
-def find_teacher(trainer: Trainer) -> TeacherActionTransform:
-    """The teacher's transform in the environment of the trainer's collector."""
+def find_transform(trainer: Trainer, kind: type[T]) -> T:
+    """The transform of a class in the environment of the trainer's collector."""
     layer = getattr(trainer.collector, "env", None)
     while isinstance(layer, TransformedEnv):
         transform = layer.transform
         parts = [transform] if not hasattr(transform, "transforms") else transform
         for part in parts:
-            if isinstance(part, TeacherActionTransform):
+            if isinstance(part, kind):
                 return part
         layer = layer.base_env
     raise ValueError(
-        "The trainer's collector has no TeacherActionTransform in an environment of this "
+        f"The trainer's collector has no {kind.__name__} in an environment of this "
         "process: use the collector 'sync', or give the hook its transform."
     )
+
+
+def find_teacher(trainer: Trainer) -> TeacherActionTransform:
+    """The teacher's transform in the environment of the trainer's collector."""
+    return find_transform(trainer, TeacherActionTransform)
 
 
 def find_norm(actor: nn.Module) -> RunningObservationNorm:

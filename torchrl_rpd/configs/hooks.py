@@ -40,7 +40,7 @@ class DistillCoeffScheduleConfig(HookConfig):
     """Hydra configuration for :class:`~torchrl_rpd.trainers.DistillCoeffSchedule`.
 
     Every argument of the constructor is a field. The group ``schedule`` has it as
-    ``constant``, ``linear`` and ``cosine``, which differ in ``kind``.
+    ``constant``, ``linear``, ``cosine`` and ``return_ratio``, which differ in ``kind``.
 
     Examples:
         >>> from hydra.utils import instantiate
@@ -61,14 +61,22 @@ class DistillCoeffScheduleConfig(HookConfig):
     end: float = 0.0
     start_frames: int = 0
     end_frames: int | None = None
+    floor: float = 0.0
+    teacher_score: float | None = None
+    switch_off_score: float | None = None
+    switch_off_rises: int = 3
+    score_key: Any = "episode_reward"
+    score_episodes: int = 50
     transform: Any = None
     _target_: str = "torchrl_rpd.configs.hooks.make_distill_coeff_schedule"
+    _convert_: str = "all"
 
 
 def make_distill_coeff_schedule(
     *, loss: Any = None, transform: Any = None, **kwargs: Any
 ) -> TrainerHookBase:
     """Builds the hook of a :class:`DistillCoeffScheduleConfig`."""
+    kwargs = with_keys(kwargs, single=("score_key",))
     if loss is not None:
         return DistillCoeffSchedule(loss, transform=transform, **kwargs)
     return LateHook(

@@ -24,6 +24,10 @@ from torchrl_rpd.configs.hooks import (
     SyncPolicyConfig,
     TargetKLStepperConfig,
 )
+from torchrl_rpd.configs.jump_start import (
+    JumpStartScheduleConfig,
+    JumpStartTransformConfig,
+)
 from torchrl_rpd.configs.objectives import (
     DistillKLPENPPOLossConfig,
     DistillPPOLossConfig,
@@ -52,6 +56,7 @@ class Node(NamedTuple):
 NODES = (
     Node("env", "maniskill", ManiSkillEnvConfig),
     Node("transform", "teacher_action", TeacherActionTransformConfig),
+    Node("transform", "jump_start", JumpStartTransformConfig),
     Node("loss", "distill_ppo", DistillPPOLossConfig),
     Node("loss", "distill_klpen", DistillKLPENPPOLossConfig),
     Node("value", "finite_horizon_gae", FiniteHorizonGAEConfig),
@@ -64,8 +69,10 @@ NODES = (
     Node("schedule", "constant", DistillCoeffScheduleConfig(kind="constant")),
     Node("schedule", "linear", DistillCoeffScheduleConfig(kind="linear")),
     Node("schedule", "cosine", DistillCoeffScheduleConfig(kind="cosine")),
+    Node("schedule", "return_ratio", DistillCoeffScheduleConfig(kind="return_ratio")),
     Node("hook", "log_episodes", LogEpisodesConfig),
     Node("hook", "log_teacher", LogTeacherConfig),
+    Node("hook", "jump_start_schedule", JumpStartScheduleConfig),
     Node("hook", "evaluation", EvaluationHookConfig),
     Node("hook", "observation_norm_update", ObservationNormUpdateConfig),
     Node("hook", "target_kl_stepper", TargetKLStepperConfig),

@@ -26,10 +26,11 @@ from torchrl_rpd.students import ActorCritic
 from torchrl_rpd.trainers import (
     EvaluationHook,
     ObservationNormUpdate,
+    OwnStepsAdvantage,
     make_ppo_trainer,
 )
 from torchrl_rpd.trainers.target_kl import KLRule
-from torchrl_rpd.transforms import TeacherActionTransform
+from torchrl_rpd.transforms import JumpStartTransform, TeacherActionTransform
 
 _KEYS = (
     "done_key",
@@ -68,6 +69,7 @@ class RPDTrainerConfig(TrainerConfig):
     steps_per_batch: int = MISSING
     minibatch_size: int = MISSING
     transforms: list[Any] = field(default_factory=list)
+    jump_start: Any = None
     schedule: Any = None
     hooks: list[Any] = field(default_factory=list)
     seed: int | None = None
@@ -141,6 +143,7 @@ def make_rpd_trainer(
     minibatch_size: int,
     collector: Callable[..., BaseCollector] | None = None,
     transforms: Sequence[Any] = (),
+    jump_start: JumpStartTransform | None = None,
     schedule: TrainerHookBase | None = None,
     hooks: Sequence[TrainerHookBase] = (),
     seed: int | None = None,
@@ -175,6 +178,9 @@ def make_rpd_trainer(
         collector: a function of ``create_env_fn``, ``policy``, ``frames_per_batch`` and
             ``total_frames``. Default: :class:`~torchrl.collectors.Collector`.
         transforms (sequence of Transform): of the environment. Default: none.
+        jump_start (JumpStartTransform, optional): goes behind the teacher's transform;
+            the advantage estimator is then wrapped in
+            :class:`~torchrl_rpd.trainers.OwnStepsAdvantage`. Default: none.
         schedule: hook of the distillation coefficient. Default: none, it is constant.
         hooks (sequence of TrainerHookBase): registered in this order, after the schedule
             and the update of the student's observation statistics.
@@ -189,6 +195,9 @@ def make_rpd_trainer(
     Returns:
         a ``PPOTrainer``, with its parts as the attribute ``parts`` (:class:`RPDParts`).
 
+    Raises:
+        ValueError: for ``jump_start`` with a loss that normalises advantages itself.
+
     Examples:
         >>> from functools import partial
         >>> import torch
@@ -197,7 +206,7 @@ def make_rpd_trainer(
         >>> from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
         >>> from torchrl_rpd.students import mlp_actor_critic
         >>> from torchrl_rpd.teachers import ScriptedTeacher
-        >>> from torchrl_rpd.transforms import TeacherActionTransform
+        >>> from torchrl_rpd.transforms import JumpStartTransform, TeacherActionTransform
         >>> trainer = make_rpd_trainer(
         ...     env=partial(ManiSkillEnv, "PushCube-v1", num_envs=2),
         ...     student=mlp_actor_critic(35, 7),
@@ -220,7 +229,8 @@ def make_rpd_trainer(
         torch.manual_seed(seed)
     transform = teacher_action(teacher=teacher)
     simulators = env if isinstance(env, EnvBase) else env()
-    whole = TransformedEnv(simulators, Compose(*transforms, transform))
+    chain = [*transforms, transform, *([] if jump_start is None else [jump_start])]
+    whole = TransformedEnv(simulators, Compose(*chain))
     if seed is not None:
         whole.set_seed(seed)
     if not isinstance(student, ActorCritic):
@@ -231,6 +241,15 @@ def make_rpd_trainer(
     if float(getattr(loss, "distill_coeff", 1.0)) == 0:
         # PPO alone. The collector resets the environment, which would ask the teacher.
         transform.enabled = False
+    advantages: Any = gae(value_network=student.value_network)
+    if jump_start is not None:
+        if getattr(loss, "normalize_advantage", False):
+            raise ValueError(
+                "With jump_start the advantages of the student's own steps are "
+                "normalised before the loss: set loss.normalize_advantage=false."
+            )
+        key = jump_start.jump_start_key
+        advantages = OwnStepsAdvantage(advantages, jump_start_key=key)
     adam = optimizer(loss.parameters())
     num_envs = max(1, whole.batch_size.numel())
     kwargs = with_keys(kwargs, single=_KEYS)
@@ -243,7 +262,7 @@ def make_rpd_trainer(
         ),
         loss_module=loss,
         optimizer=adam,
-        gae=gae(value_network=student.value_network),
+        gae=advantages,
         total_frames=total_frames,
         minibatch_size=minibatch_size,
         kl_rule=kl_rule,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from hydra_toys import OVERRIDES
 from omegaconf import DictConfig
@@ -61,7 +62,7 @@ def test_return_ratio_with_every_preset(preset, reward):
 def test_return_ratio_says_what_it_needs():
     cfg = composed(*OVERRIDES, "schedule=return_ratio")
     cfg.trainer.logger = None
-    with pytest.raises(ValueError, match="needs teacher_score"):
+    with pytest.raises(InstantiationException, match="needs teacher_score"):
         instantiate(cfg.trainer)
 
 

@@ -14,7 +14,11 @@ from torchrl_rpd.trainers.hooks import (
 from torchrl_rpd.trainers.jump_start import JumpStartSchedule, OwnStepsAdvantage
 from torchrl_rpd.trainers.minibatches import OnPolicyMinibatches
 from torchrl_rpd.trainers.ppo import make_ppo_trainer
-from torchrl_rpd.trainers.schedules import DistillCoeffSchedule, distill_coeff_at
+from torchrl_rpd.trainers.schedules import (
+    DistillCoeffSchedule,
+    distill_coeff_at,
+    return_ratio_coeff,
+)
 from torchrl_rpd.trainers.target_kl import TargetKLStepper
 
 __all__ = [
@@ -30,4 +34,5 @@ __all__ = [
     "TargetKLStepper",
     "distill_coeff_at",
     "make_ppo_trainer",
+    "return_ratio_coeff",
 ]

@@ -29,6 +29,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torchrl._utils import logger as torchrl_logger
+from torchrl.record.loggers.wandb import WandbLogger
+from torchrl.trainers import Trainer
 
 from torchrl_rpd import set_learner_threads
 from torchrl_rpd.envs import TASKS
@@ -105,6 +107,20 @@ def numbers(result: EvaluationResult | None) -> dict[str, Any] | None:
     return {name: asdict(getattr(result, name)) for name in names}
 
 
+def wire_log(trainer: Trainer, cfg: DictConfig) -> None:
+    """The progress bar of a resumed run; the configuration for wandb."""
+
+    def start_bar() -> None:
+        # Of a run that goes on, the bar would begin at 0 and misjudge the time left.
+        if trainer.progress_bar:
+            trainer._pbar.initial = trainer._pbar.n = trainer.collected_frames
+            trainer._pbar.unit = " frames"
+
+    trainer.register_op("setup", start_bar)
+    if isinstance(trainer.logger, WandbLogger):
+        trainer.logger.log_hparams(OmegaConf.to_container(cfg, resolve=True))
+
+
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Builds, checks, trains and evaluates."""
@@ -118,6 +134,7 @@ def main(cfg: DictConfig) -> None:
 
     # 1. Every part of the recipe, and TorchRL's PPOTrainer over them.
     trainer = instantiate(cfg.trainer)
+    wire_log(trainer, cfg)
     student, labels = trainer.parts.student, trainer.parts.teacher_action
     curve = trainer.parts.evaluation
 
@@ -146,6 +163,9 @@ def main(cfg: DictConfig) -> None:
     trainer.train()
     seconds = time.perf_counter() - start
 
+    if trainer.logger is not None:
+        # Or the next run of a sweep (-m) would go on in this one's wandb run.
+        trainer.logger.close()
     if checkpoints is not None and checkpoints.stopped_by:
         print(f"{checkpoints.stopped_by}: the same command goes on from here")
         return

@@ -144,9 +144,13 @@ def main(cfg: DictConfig) -> None:
         # Kept away from the generator that training draws from.
         with torch.random.fork_rng(devices=[]):
             expert = trainer.parts.teacher
+            convention = instantiate(cfg.teacher_action.action_transform)
+            as_labelled = {"action_transform": convention}
             if cfg.check_teacher:
-                print(check_teacher(expert, curve.env), flush=True)
-            teacher = evaluate(curve.env, expert, episodes=cfg.episodes, seeds=seeds)
+                print(check_teacher(expert, curve.env, **as_labelled), flush=True)
+            teacher = evaluate(
+                curve.env, expert, episodes=cfg.episodes, seeds=seeds, **as_labelled
+            )
         print(f"teacher: success {teacher.success_once}", flush=True)
 
     # 3. Training; it closes the simulators. Killed at any moment, the same command goes on

@@ -184,5 +184,20 @@ def test_against_maniskills_own_metrics():
         )
 
 
+def test_actions_of_another_convention():
+    """Three dimensions of which the environment takes the first two, halved."""
+
+    def teacher(td):
+        action = -4 * td["observation"]
+        return torch.cat([2 * action, torch.ones(4, 1)], -1)
+
+    def convert(action):
+        return action[:, :2] / 2
+
+    plain = evaluate(ReachEnv(4), lambda td: -4 * td["observation"], episodes=8)
+    result = evaluate(ReachEnv(4), teacher, episodes=8, action_transform=convert)
+    assert result.episode_return == plain.episode_return
+
+
 if __name__ == "__main__":
     pytest.main([__file__])

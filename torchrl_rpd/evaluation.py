@@ -154,23 +154,30 @@ def _teachers_off(env: EnvBase) -> Iterator[None]:
 
 
 def _act(
-    policy: Callable[[TensorDictBase], Any], td: TensorDictBase, action_key: NestedKey
+    policy: Callable[[TensorDictBase], Any],
+    td: TensorDictBase,
+    action_key: NestedKey,
+    action_transform: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> TensorDictBase:
     # The last action is still there: without it, what is found is what was written.
     td = td.exclude(action_key, ACTION_CHUNK_KEY)
     out = policy(td)
     if isinstance(out, torch.Tensor):
-        return td.set(action_key, out)
-    out = td if out is None else out
-    if out.get(action_key, None) is not None:
-        return out
-    chunk = out.get(ACTION_CHUNK_KEY, None)
-    if chunk is None:
-        raise KeyError(
-            f"The policy wrote neither {action_key!r} nor {ACTION_CHUNK_KEY!r}; the "
-            f"tensordict holds {sorted(map(str, out.keys(True, True)))}."
-        )
-    return td.set(action_key, chunk[..., 0, :])
+        action = out
+    else:
+        td = td if out is None else out
+        action = td.get(action_key, None)
+        if action is None:
+            chunk = td.get(ACTION_CHUNK_KEY, None)
+            if chunk is None:
+                raise KeyError(
+                    f"The policy wrote neither {action_key!r} nor {ACTION_CHUNK_KEY!r}; "
+                    f"the tensordict holds {sorted(map(str, td.keys(True, True)))}."
+                )
+            action = chunk[..., 0, :]
+    if action_transform is not None:
+        action = action_transform(action)
+    return td.set(action_key, action)
 
 
 @torch.no_grad()
@@ -182,6 +189,7 @@ def evaluate(
     seeds: int | None = 0,
     success_key: NestedKey = "success",
     max_steps: int = 100_000,
+    action_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> EvaluationResult:
     """Plays whole episodes with a deterministic policy and counts.
 
@@ -208,6 +216,9 @@ def evaluate(
         success_key (NestedKey): where the environment reports success, bool
             ``[*B, 1]``. Default: ``"success"``.
         max_steps (int): bound of the steps of the whole evaluation. Default: ``100_000``.
+        action_transform (callable, optional): maps the policy's actions ``[*B, A]`` to
+            the environment's, as in
+            :class:`~torchrl_rpd.transforms.TeacherActionTransform`. Default: none.
 
     Returns:
         an :class:`EvaluationResult`.
@@ -240,7 +251,8 @@ def evaluate(
             env.set_seed(seeds)
         td = env.reset()
         for _ in range(max_steps):
-            td, following = env.step_and_maybe_reset(_act(policy, td, env.action_key))
+            td = _act(policy, td, env.action_key, action_transform)
+            td, following = env.step_and_maybe_reset(td)
             after = td.get("next")
             success = after.get(success_key, None)
             if success is None:

@@ -13,7 +13,12 @@ from torch import Tensor
 
 
 def read_images(
-    tensordict: TensorDictBase, key: NestedKey, *, teacher: str, window: int = 1
+    tensordict: TensorDictBase,
+    key: NestedKey,
+    *,
+    teacher: str,
+    window: int = 1,
+    advice: str = "image_key=",
 ) -> Tensor:
     """Pictures of all rows, in flat windows.
 
@@ -25,6 +30,7 @@ def read_images(
     Keyword Args:
         teacher (str): who asks, for error messages.
         window (int): how many time steps. Defaults to ``1``.
+        advice (str): the argument that names the entry. Defaults to ``"image_key="``.
 
     Returns:
         uint8 ``[n, window, 3, H, W]``; a view where the layout allows one.
@@ -41,14 +47,7 @@ def read_images(
         >>> read_images(td, ("observation", "image"), teacher="Mine").shape
         torch.Size([8, 1, 3, 8, 9])
     """
-    images = tensordict.get(key, None)
-    if not isinstance(images, Tensor):
-        found = sorted(tensordict.keys(True, True), key=str)
-        raise KeyError(
-            f"{teacher} reads images from {key!r}, which is missing or no tensor; found "
-            f"{found}. Use an environment with images, or name the right entry with "
-            "image_key=."
-        )
+    images = read_tensor(tensordict, key, teacher=teacher, what="images", advice=advice)
     check_uint8(images, f"the entry {key!r}", teacher=teacher)
     batch_size = tensordict.batch_size
     lead = [*batch_size] if window == 1 else [*batch_size, window]
@@ -66,3 +65,18 @@ def check_uint8(images: Tensor, what: str, *, teacher: str) -> None:
         raise TypeError(
             f"{teacher} takes uint8 images in [0, 255]; {what} is {images.dtype}."
         )
+
+
+def read_tensor(
+    tensordict: TensorDictBase, key: NestedKey, *, teacher: str, what: str, advice: str
+) -> Tensor:
+    """An entry that a teacher needs, or an error that says how to name another one."""
+    value = tensordict.get(key, None)
+    if not isinstance(value, Tensor):
+        found = sorted(tensordict.keys(True, True), key=str)
+        raise KeyError(
+            f"{teacher} reads {what} from {key!r}, which is missing or no tensor; found "
+            f"{found}. Use an environment that has it, or name the right entry with "
+            f"{advice}."
+        )
+    return value

@@ -20,10 +20,12 @@ from torchrl.data.vla.schema import IMAGE_KEY, INSTRUCTION_KEY, STATE_KEY
 from torchrl.modules.vla import LeRobotPolicyWrapper
 
 from torchrl_rpd.teachers._hub import resolve_checkpoint
-from torchrl_rpd.teachers._images import read_images
+from torchrl_rpd.teachers._images import read_images, read_tensor
 from torchrl_rpd.teachers._instructions import read_instructions
 
 __all__ = ["LeRobotTeacher"]
+
+_NAME = "LeRobotTeacher"
 
 _STATE = "observation.state"
 _EMPTY_CAMERA = "empty_camera"  # LeRobot's name for a camera that a policy fills in
@@ -284,7 +286,9 @@ class LeRobotTeacher(LeRobotPolicyWrapper):
 
     def _read_state(self, tensordict: TensorDictBase, device: torch.device) -> Tensor:
         key, config = self.tensor_keys.state, self.policy.config
-        state = _read_tensor(tensordict, key, "the state", "state_key=")
+        state = read_tensor(
+            tensordict, key, teacher=_NAME, what="the state", advice="state_key="
+        )
         state = state.reshape(tensordict.numel(), -1)
         width = config.robot_state_feature.shape[0]
         # SmolVLA and pi0 have a largest width and pad what is shorter.
@@ -375,26 +379,11 @@ def _chunk_size(config: Any) -> int:
     return config.n_action_steps if length is None else length
 
 
-def _read_tensor(
-    tensordict: TensorDictBase, key: NestedKey, what: str, advice: str
-) -> Tensor:
-    value = tensordict.get(key, None)
-    if not isinstance(value, Tensor):
-        found = sorted(tensordict.keys(True, True), key=str)
-        raise KeyError(
-            f"LeRobotTeacher reads {what} from {key!r}, which is missing or no tensor; "
-            f"found {found}. Use an environment that has it, or name the right entry "
-            f"with {advice}."
-        )
-    return value
-
-
 def _read_pixels(
     tensordict: TensorDictBase, key: NestedKey, device: torch.device
 ) -> Tensor:
     """One camera's images ``[n, 3, H, W]``, float32 in [0, 1]."""
-    _read_tensor(tensordict, key, "images", "cameras=")
-    images = read_images(tensordict, key, teacher="LeRobotTeacher").squeeze(1)
+    images = read_images(tensordict, key, teacher=_NAME, advice="cameras=").squeeze(1)
     # uint8 travels to the device: a quarter of the floats
     pixels = images.to(device, non_blocking=True)
     contiguous = torch.contiguous_format

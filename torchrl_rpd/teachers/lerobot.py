@@ -19,6 +19,7 @@ from torch import Tensor
 from torchrl.data.vla.schema import IMAGE_KEY, INSTRUCTION_KEY, STATE_KEY
 from torchrl.modules.vla import LeRobotPolicyWrapper
 
+from torchrl_rpd.teachers._draws import OwnDraws
 from torchrl_rpd.teachers._hub import resolve_checkpoint
 from torchrl_rpd.teachers._images import read_images, read_tensor
 from torchrl_rpd.teachers._instructions import read_instructions
@@ -31,7 +32,7 @@ _STATE = "observation.state"
 _EMPTY_CAMERA = "empty_camera"  # LeRobot's name for a camera that a policy fills in
 
 
-class LeRobotTeacher(LeRobotPolicyWrapper):
+class LeRobotTeacher(OwnDraws, LeRobotPolicyWrapper):
     """A LeRobot policy with its pre- and post-processor, as a teacher.
 
     :class:`~torchrl.modules.vla.LeRobotPolicyWrapper` calls the policy alone; what
@@ -235,19 +236,6 @@ class LeRobotTeacher(LeRobotPolicyWrapper):
         if self.instruction is None:
             keys.append(self.tensor_keys.instruction)
         self.in_keys = keys
-
-    # ------------------------------------------------------------------ the generator
-    def manual_seed(self, seed: int) -> None:
-        """Restarts the draws of a stochastic policy."""
-        self._generator.manual_seed(seed)
-
-    def get_rng_state(self) -> Tensor:
-        """The state of the draws, uint8, for a checkpoint of the run."""
-        return self._generator.get_state()
-
-    def set_rng_state(self, state: Tensor) -> None:
-        """Continues where :meth:`get_rng_state` was called."""
-        self._generator.set_state(state.cpu())
 
     # ------------------------------------------------------------------ the answers
     @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchrl.data.vla.schema import IMAGE_KEY, INSTRUCTION_KEY
 from torchrl.modules.vla.common import VLAWrapperBase
 
+from torchrl_rpd.teachers._draws import OwnDraws
 from torchrl_rpd.teachers._gripper import Gripper, check_gripper, convert_gripper
 from torchrl_rpd.teachers._images import check_uint8, read_images
 from torchrl_rpd.teachers._instructions import read_instructions
@@ -36,7 +37,7 @@ from torchrl_rpd.teachers.octo._model import OctoModel
 _BLOCK = 16
 
 
-class OctoTeacher(VLAWrapperBase):
+class OctoTeacher(OwnDraws, VLAWrapperBase):
     r"""Octo 1.5 (https://arxiv.org/abs/2405.12213) as a teacher.
 
     The paper's second teacher, without JAX: octo-small-1.5, octo-base-1.5 and their
@@ -297,19 +298,6 @@ class OctoTeacher(VLAWrapperBase):
         self.out_keys = [self.tensor_keys.action_chunk]
         if self.num_samples > 1:
             self.out_keys.append(self.tensor_keys.teacher_std)
-
-    # ------------------------------------------------------------------ the generator
-    def manual_seed(self, seed: int) -> None:
-        """Restarts the generator that the head draws from."""
-        self._generator.manual_seed(seed)
-
-    def get_rng_state(self) -> Tensor:
-        """The state of that generator, uint8, for a checkpoint of the run."""
-        return self._generator.get_state()
-
-    def set_rng_state(self, state: Tensor) -> None:
-        """Continues where :meth:`get_rng_state` was called."""
-        self._generator.set_state(state.cpu())
 
     # ------------------------------------------------------------------ the answers
     @torch.no_grad()

@@ -30,6 +30,7 @@ def frames(advantage, teachers):
     return TensorDict(
         advantage=torch.tensor(advantage).unsqueeze(-1),
         jump_start=torch.tensor(teachers).unsqueeze(-1),
+        teacher_mask=torch.ones(len(advantage), 1, dtype=torch.bool),
         batch_size=[len(advantage)],
     )
 
@@ -55,7 +56,7 @@ class TestOwnStepsAdvantage:
         td["advantage"] = torch.randn(6, 1)
         td["value_target"] = torch.zeros(6, 1)
         td["teacher_action"] = torch.zeros(6, 2)
-        td["teacher_mask"] = torch.zeros(6, 1, dtype=torch.bool)
+        td["teacher_mask"] = torch.ones(6, 1, dtype=torch.bool)
         td["jump_start"] = torch.tensor([[1], [1], [1], [0], [0], [0]]).bool()
         td = OwnStepsAdvantage(lambda td: td)(td)
         loss = DistillPPOLoss(student.actor, student.critic, entropy_bonus=False)
@@ -108,7 +109,7 @@ class Run:
             lambda td: (-5 * td["observation"]).clamp(-1, 1)
         )
         jump = JumpStartTransform(fraction=0.5, max_steps=8)
-        env = TransformedEnv(ReachEnv(8), Compose(StepCounter(), teacher, jump))
+        env = TransformedEnv(ReachEnv(8), Compose(StepCounter(), jump, teacher))
         env.set_seed(0)
         self.student = student = mlp_actor_critic(2, 2, num_cells=(16,))
         loss = DistillPPOLoss(student.actor, student.critic, distill_coeff=0.1)

@@ -24,7 +24,7 @@ def steer(td):
 
 def make(jump, num_envs=64, teacher=None, **kwargs):
     teacher = TeacherActionTransform(steer, **kwargs) if teacher is None else teacher
-    return TransformedEnv(ReachEnv(num_envs), Compose(StepCounter(), teacher, jump))
+    return TransformedEnv(ReachEnv(num_envs), Compose(StepCounter(), jump, teacher))
 
 
 def by_episode(rollout):
@@ -73,26 +73,45 @@ def test_never_and_always(fraction, expected):
 
 
 def test_rows_without_a_label_are_the_students():
-    jump = JumpStartTransform(fraction=1.0, max_steps=8)
-    env = make(jump, query_fraction=0.5)
-    rollout = env.rollout(8, break_when_any_done=False)
+    env = make(JumpStartTransform(fraction=1.0, max_steps=8), query_fraction=0.5)
+    policy = lambda td: td.set("action", torch.full((64, 2), 0.25))  # noqa: E731
+    rollout = env.rollout(8, policy, break_when_any_done=False)
     flags, mask = rollout["jump_start"], rollout["teacher_mask"]
-    assert not (flags & ~mask).any()
-    # All episodes are led into by a step at least, where there is a label for it.
-    assert torch.equal(flags[:, 0], mask[:, 0])
+    # All episodes are led into by a step at least; half of them without a label.
+    assert flags[:, 0].all()
     assert 0 < mask[:, 0].sum() < 64
+    executed = torch.where(flags & mask, rollout["teacher_action"], 0.25)
+    moved = rollout["next", "observation"] - rollout["observation"]
+    torch.testing.assert_close(moved, 0.2 * executed)
+
+
+def test_the_teacher_is_always_asked_where_it_leads():
+    env = make(
+        JumpStartTransform(fraction=0.5, max_steps=6),
+        query_fraction=0.1,
+        always_query_key="jump_start",
+    )
+    rollout = env.rollout(80, break_when_any_done=False)
+    flags, mask = rollout["jump_start"], rollout["teacher_mask"]
+    assert mask[flags].all()
+    # Of the other frames a tenth: binomial with standard deviation 0.3 * sqrt(n).
+    others = (~flags).sum()
+    assert abs(int(mask[~flags].sum()) - 0.1 * int(others)) < 4 * 0.3 * others**0.5
+    # (The rollout ends with a reset, whose frames are in no step.)
+    queries = env.transform[-1].stats()["queries"]
+    assert 0 <= queries - int(mask.sum()) <= 64
 
 
 def test_partial_resets_leave_the_others_alone():
     env = make(JumpStartTransform(fraction=1.0, max_steps=5), num_envs=32)
     td = env.rollout(2)[:, -1]["next"].exclude("reward")
-    left = env.transform[-1]._left.clone()
+    left = env.transform[-2]._left.clone()
     assert left.max() == 3  # 5 steps at most, 2 are gone
     reset = torch.zeros(32, 1, dtype=torch.bool)
     reset[::2] = True
     env.reset(td.set("_reset", reset))
-    assert torch.equal(env.transform[-1]._left[1::2], left[1::2])
-    assert (env.transform[-1]._left[::2] >= 1).all()
+    assert torch.equal(env.transform[-2]._left[1::2], left[1::2])
+    assert (env.transform[-2]._left[::2] >= 1).all()
 
 
 def test_in_a_collector_and_in_workers():
@@ -103,8 +122,8 @@ def test_in_a_collector_and_in_workers():
         return TransformedEnv(
             ReachEnv(2),
             Compose(
-                TeacherActionTransform(teacher_factory=lambda: steer),
                 JumpStartTransform(fraction=1.0, max_steps=3),
+                TeacherActionTransform(teacher_factory=lambda: steer),
             ),
         )
 
@@ -156,8 +175,16 @@ class TestRefusals:
 
     def test_without_a_teacher(self):
         env = TransformedEnv(ReachEnv(2), JumpStartTransform())
-        with pytest.raises(KeyError, match="after TeacherActionTransform"):
-            env.observation_spec  # noqa: B018
+        with pytest.raises(KeyError, match="have a TeacherActionTransform"):
+            env.rollout(1)
+
+    def test_asked_always_but_nobody_says_where(self):
+        teacher = TeacherActionTransform(
+            steer, query_fraction=0.1, always_query_key="jump_start"
+        )
+        env = TransformedEnv(ReachEnv(2), Compose(teacher, JumpStartTransform()))
+        with pytest.raises(KeyError, match="JumpStartTransform, before"):
+            env.reset()
 
     def test_a_step_without_the_flag(self):
         env = make(JumpStartTransform(), num_envs=2)

@@ -178,7 +178,7 @@ def make_rpd_trainer(
         collector: a function of ``create_env_fn``, ``policy``, ``frames_per_batch`` and
             ``total_frames``. Default: :class:`~torchrl.collectors.Collector`.
         transforms (sequence of Transform): of the environment. Default: none.
-        jump_start (JumpStartTransform, optional): goes behind the teacher's transform;
+        jump_start (JumpStartTransform, optional): goes before the teacher's transform;
             the advantage estimator is then wrapped in
             :class:`~torchrl_rpd.trainers.OwnStepsAdvantage`. Default: none.
         schedule: hook of the distillation coefficient. Default: none, it is constant.
@@ -229,7 +229,7 @@ def make_rpd_trainer(
         torch.manual_seed(seed)
     transform = teacher_action(teacher=teacher)
     simulators = env if isinstance(env, EnvBase) else env()
-    chain = [*transforms, transform, *([] if jump_start is None else [jump_start])]
+    chain = [*transforms, *([] if jump_start is None else [jump_start]), transform]
     whole = TransformedEnv(simulators, Compose(*chain))
     if seed is not None:
         whole.set_seed(seed)
@@ -248,8 +248,11 @@ def make_rpd_trainer(
                 "With jump_start the advantages of the student's own steps are "
                 "normalised before the loss: set loss.normalize_advantage=false."
             )
-        key = jump_start.jump_start_key
-        advantages = OwnStepsAdvantage(advantages, jump_start_key=key)
+        advantages = OwnStepsAdvantage(
+            advantages,
+            jump_start_key=jump_start.jump_start_key,
+            teacher_mask_key=jump_start.teacher_mask_key,
+        )
     adam = optimizer(loss.parameters())
     num_envs = max(1, whole.batch_size.numel())
     kwargs = with_keys(kwargs, single=_KEYS)

@@ -48,6 +48,7 @@ class TeacherActionTransformConfig(TransformConfig):
     action_key: Any = "action"
     max_batch_size: int | None = None
     query_fraction: float = 1.0
+    always_query_key: Any = None
     replan_interval: int = 1
     history_window: int | None = None
     history_keys: Any = None
@@ -71,6 +72,7 @@ def make_teacher_action(**kwargs: Any) -> TeacherActionTransform:
             "teacher_mask_key",
             "teacher_std_key",
             "action_key",
+            "always_query_key",
         ),
         several=("in_keys", "history_keys"),
     )

@@ -32,13 +32,15 @@ class OwnStepsAdvantage:
             :class:`~torchrl_rpd.objectives.FiniteHorizonGAE`.
 
     Keyword Args:
-        jump_start_key (NestedKey): bool ``[*B, 1]``, True where the teacher acted; see
+        jump_start_key (NestedKey): bool ``[*B, 1]``, True where the teacher led; see
             :class:`~torchrl_rpd.transforms.JumpStartTransform`. Default:
             ``"jump_start"``.
+        teacher_mask_key (NestedKey): bool ``[*B, 1]``, True where it had a label, and so
+            acted if it led. Default: ``"teacher_mask"``.
         advantage_key (NestedKey): float ``[*B, 1]``. Default: ``"advantage"``.
 
     Raises:
-        KeyError: if the frames have no ``jump_start_key``.
+        KeyError: if the frames have neither of the two.
 
     Examples:
         >>> import torch
@@ -46,7 +48,12 @@ class OwnStepsAdvantage:
         >>> from torchrl_rpd.trainers import OwnStepsAdvantage
         >>> advantage = torch.tensor([[9.0], [1.0], [3.0]])
         >>> teachers = torch.tensor([[True], [False], [False]])
-        >>> frames = TensorDict(advantage=advantage, jump_start=teachers, batch_size=[3])
+        >>> frames = TensorDict(
+        ...     advantage=advantage,
+        ...     jump_start=teachers,
+        ...     teacher_mask=torch.ones(3, 1, dtype=torch.bool),
+        ...     batch_size=[3],
+        ... )
         >>> gae = OwnStepsAdvantage(lambda td: td)  # the advantages are there already
         >>> gae(frames)["advantage"].flatten()
         tensor([ 0., -1.,  1.])
@@ -57,23 +64,27 @@ class OwnStepsAdvantage:
         gae: Callable[[TensorDictBase], TensorDictBase],
         *,
         jump_start_key: NestedKey = "jump_start",
+        teacher_mask_key: NestedKey = "teacher_mask",
         advantage_key: NestedKey = "advantage",
     ) -> None:
         self.gae = gae
         self.jump_start_key = jump_start_key
+        self.teacher_mask_key = teacher_mask_key
         self.advantage_key = advantage_key
 
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the advantages of ``[*B, T]`` frames."""
         tensordict = self.gae(tensordict)
-        teachers = tensordict.get(self.jump_start_key, None)
-        if teachers is None:
+        led = tensordict.get(self.jump_start_key, None)
+        labelled = tensordict.get(self.teacher_mask_key, None)
+        if led is None or labelled is None:
             raise KeyError(
-                f"OwnStepsAdvantage reads {self.jump_start_key!r}, which is not there: "
-                "put a JumpStartTransform in the collector's env."
+                f"OwnStepsAdvantage reads {self.jump_start_key!r} and "
+                f"{self.teacher_mask_key!r}, which are not both there: put a "
+                "JumpStartTransform and a TeacherActionTransform in the collector's env."
             )
         advantage = tensordict.get(self.advantage_key)
-        own = (~teachers).to(advantage.dtype)
+        own = (~(led & labelled)).to(advantage.dtype)
         count = own.sum().clamp_min(1.0)
         centred = (advantage - (advantage * own).sum() / count) * own
         scale = (centred.square().sum() / count).sqrt().clamp_min(1e-6)

@@ -63,6 +63,7 @@ class Labeller:
 
     Keyword Args:
         query_fraction (float): the probability with which a row is asked about.
+        always_query_key (NestedKey, optional): rows that are asked about in any case.
         replan_interval (int): for how many steps of an env a chunk is followed.
         history_window (int, optional): how many observations of an env the teacher is
             shown; None for as many as it says.
@@ -80,6 +81,7 @@ class Labeller:
         keys: LabelKeys,
         *,
         query_fraction: float,
+        always_query_key: NestedKey | None,
         replan_interval: int,
         history_window: int | None,
         history_keys: Sequence[NestedKey] | None,
@@ -102,6 +104,7 @@ class Labeller:
             )
         self.shared = Shared(seed)
         self.query_fraction = query_fraction
+        self.always_query_key = always_query_key
         self.replan_interval = replan_interval
         self._ask = ask
         self._rules = rules
@@ -172,7 +175,7 @@ class Labeller:
             complete = history.complete(rows)
             self.shared.stats.incomplete += rows.numel() - int(complete.sum())
             rows = rows[complete]
-        rows = self._draw(rows)
+        rows = self._draw(tensordict, rows)
         if not rows.numel():
             return self._write_nothing(tensordict, candidates, box)
         if self._cache is None:
@@ -213,17 +216,27 @@ class Labeller:
                 "(postproc, replay buffer, plain tensordict) use a teacher without "
                 "history, or history_window=1 if it copes with that."
             )
-        rows = self._draw(_indices(candidates))
+        rows = self._draw(tensordict, _indices(candidates))
         if not rows.numel():
             return self._write_nothing(tensordict, candidates, box)
         action, std = self._fresh_answers(tensordict, rows, None)
         return self._write(tensordict, candidates, rows, action, std, box)
 
-    def _draw(self, rows: torch.Tensor) -> torch.Tensor:
+    def _draw(self, tensordict: TensorDictBase, rows: torch.Tensor) -> torch.Tensor:
         if self.query_fraction == 1.0:
             return rows
         chance = torch.rand(rows.numel(), generator=self.shared.generator)
-        return rows[chance < self.query_fraction]
+        drawn = chance < self.query_fraction
+        if self.always_query_key is not None:
+            wanted = tensordict.get(self.always_query_key, None)
+            if wanted is None:
+                raise KeyError(
+                    f"always_query_key={self.always_query_key!r} is not there; found "
+                    f"{sorted(tensordict.keys(True, True), key=str)}. Place what "
+                    "writes it, e.g. JumpStartTransform, before this transform."
+                )
+            drawn |= wanted.reshape(-1).cpu()[rows]
+        return rows[drawn]
 
     # ------------------------------------------------------------------ answers
     def _fresh_answers(

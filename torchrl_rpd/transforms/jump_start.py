@@ -25,22 +25,23 @@ class JumpStartTransform(Transform):
     then, and the student takes over where it stands: it learns the end of the task
     first, and what comes before it as it is let in earlier. That is jump-start
     reinforcement learning with a random length (JSRL-Random: Uchendu et al.,
-    https://arxiv.org/abs/2204.02372), with the labels that are there already: no
-    further query.
+    https://arxiv.org/abs/2204.02372); what the teacher does is its label.
 
     At a reset, each row draws with probability ``fraction`` for how many steps the
-    teacher acts, uniformly from 1 to ``max_steps``; else 0. A row without a label
-    (``teacher_mask`` False) is the student's. The rollout keeps the student's own
-    action and its log-probability, sampled where it is; the replacement happens on the
-    way to the env only. Which frames the teacher acted in is written beside them.
-    Their advantage says nothing about the student's action: wrap GAE in
-    :class:`~torchrl_rpd.trainers.OwnStepsAdvantage`, which takes them out of the policy
-    loss. The critic and the distillation term learn from them as well. As the teacher
+    teacher leads, uniformly from 1 to ``max_steps``; else 0. Which frames it leads in is
+    written beside them. It acts there if there is a label (``teacher_mask``); else the
+    student does. The rollout keeps the student's own action and its log-probability,
+    sampled where it is; the replacement happens on the way to the env only. The
+    advantage of the frames in which the teacher acted says nothing about the student's
+    action: wrap GAE in :class:`~torchrl_rpd.trainers.OwnStepsAdvantage`, which takes
+    them out of the policy loss. The critic and the distillation term learn from them as well. As the teacher
     comes first and never again in an episode, the returns of the other frames are
     the student's own.
 
-    Place it right after :class:`~torchrl_rpd.transforms.TeacherActionTransform`, e.g.
-    ``Compose(StepCounter(), TeacherActionTransform(teacher), JumpStartTransform())``.
+    Place it before :class:`~torchrl_rpd.transforms.TeacherActionTransform`, which then
+    asks the teacher wherever it leads, however few other frames are labelled:
+    ``Compose(StepCounter(), JumpStartTransform(), TeacherActionTransform(teacher,
+    query_fraction=0.1, always_query_key="jump_start"))``.
 
     Keyword Args:
         fraction (float): probability in ``[0, 1]`` that the teacher leads into an
@@ -48,7 +49,7 @@ class JumpStartTransform(Transform):
             see :class:`~torchrl_rpd.trainers.JumpStartSchedule`. Defaults to ``0.5``.
         max_steps (int): for at most how many steps, at least 1: about as many as the
             teacher needs for the task. Defaults to ``30``.
-        jump_start_key (NestedKey): ``[*B, 1]`` bool, True where the teacher acts.
+        jump_start_key (NestedKey): ``[*B, 1]`` bool, True where the teacher leads.
             Defaults to ``"jump_start"``.
         action_key (NestedKey): Defaults to ``"action"``.
         teacher_action_key (NestedKey): Defaults to ``"teacher_action"``.
@@ -58,7 +59,7 @@ class JumpStartTransform(Transform):
 
     Raises:
         ValueError: for a ``fraction`` or ``max_steps`` out of range.
-        KeyError: in an env without the teacher's entries.
+        KeyError: on stepping an env without the teacher's entries.
 
     Examples:
         >>> import torch
@@ -69,8 +70,8 @@ class JumpStartTransform(Transform):
         >>> env = TransformedEnv(
         ...     ManiSkillEnv("PushCube-v1"),
         ...     Compose(
-        ...         TeacherActionTransform(ScriptedTeacher("PushCube-v1")),
         ...         JumpStartTransform(fraction=1.0, max_steps=1),
+        ...         TeacherActionTransform(ScriptedTeacher("PushCube-v1")),
         ...     ),
         ... )
         >>> env.rollout(3)["jump_start"].flatten()  # the first step is the teacher's
@@ -94,10 +95,7 @@ class JumpStartTransform(Transform):
         self.action_key = unravel_key(action_key)
         self.teacher_action_key = unravel_key(teacher_action_key)
         self.teacher_mask_key = unravel_key(teacher_mask_key)
-        super().__init__(
-            in_keys=[self.teacher_action_key, self.teacher_mask_key],
-            out_keys=[self.jump_start_key],
-        )
+        super().__init__(out_keys=[self.jump_start_key])
         self.fraction = fraction
         self.max_steps = max_steps
         self._generator = torch.Generator().manual_seed(seed)
@@ -147,9 +145,8 @@ class JumpStartTransform(Transform):
 
     def _write(self, tensordict: TensorDictBase) -> TensorDictBase:
         assert self._left is not None
-        mask = tensordict.get(self.teacher_mask_key)
-        leads = (self._left > 0).to(mask.device).reshape(mask.shape)
-        return tensordict.set(self.jump_start_key, leads & mask)
+        leads = (self._left > 0).unsqueeze(-1)
+        return tensordict.set(self.jump_start_key, leads.to(tensordict.device))
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         if self.parent is None:  # in a replay buffer: nothing acts
@@ -160,23 +157,27 @@ class JumpStartTransform(Transform):
                 f"JumpStartTransform finds no {self.jump_start_key!r} beside the action: "
                 "step the env with the tensordict that its reset or step returned."
             )
+        label = tensordict.get(self.teacher_action_key, None)
+        mask = tensordict.get(self.teacher_mask_key, None)
+        if label is None or mask is None:
+            raise KeyError(
+                f"JumpStartTransform finds no {self.teacher_action_key!r} and "
+                f"{self.teacher_mask_key!r} beside the action: have a "
+                "TeacherActionTransform in the same env."
+            )
         action = tensordict.get(self.action_key)
-        label = tensordict.get(self.teacher_action_key).to(action.dtype)
-        return tensordict.set(self.action_key, torch.where(leads, label, action))
+        acts = leads & mask
+        taken = torch.where(acts, label.to(action.dtype), action)
+        return tensordict.set(self.action_key, taken)
 
     def transform_observation_spec(self, observation_spec: TensorSpec) -> TensorSpec:
         """Adds the flag."""
         assert isinstance(observation_spec, Composite)
-        there = observation_spec.keys(True, True)
-        missing = [key for key in self.in_keys if key not in there]
-        if missing:
-            raise KeyError(
-                f"JumpStartTransform needs the teacher's entries {missing}: place it "
-                "after TeacherActionTransform in the same env."
-            )
-        mask = observation_spec[self.teacher_mask_key]
         observation_spec[self.jump_start_key] = Categorical(
-            2, shape=mask.shape, dtype=torch.bool, device=mask.device
+            2,
+            shape=(*observation_spec.shape, 1),
+            dtype=torch.bool,
+            device=observation_spec.device,
         )
         return observation_spec
 

@@ -97,6 +97,9 @@ class TeacherActionTransform(LabellingTransform):
             Defaults to ``None``: no limit.
         query_fraction (float, optional): the probability, in ``[0, 1]``, with which a
             frame is labelled at all. Defaults to ``1.0``.
+        always_query_key (NestedKey, optional): ``[*B, 1]`` bool, written before by
+            another transform: frames that are labelled whatever ``query_fraction``
+            says, e.g. ``"jump_start"``, where the teacher acts. Defaults to ``None``.
         replan_interval (int, optional): for how many steps a chunk is followed before
             the teacher is asked again; more than 1 needs a chunk teacher and an env
             (not postproc). Labels of later chunk entries were planned from an earlier
@@ -173,6 +176,7 @@ class TeacherActionTransform(LabellingTransform):
         action_key: NestedKey = "action",
         max_batch_size: int | None = None,
         query_fraction: float = 1.0,
+        always_query_key: NestedKey | None = None,
         replan_interval: int = 1,
         history_window: int | None = None,
         history_keys: Sequence[NestedKey] | None = None,
@@ -202,6 +206,9 @@ class TeacherActionTransform(LabellingTransform):
             LabelRules(action_transform, clip=clip_labels, on_non_finite=on_non_finite),
             keys,
             query_fraction=query_fraction,
+            always_query_key=(
+                None if always_query_key is None else unravel_key(always_query_key)
+            ),
             replan_interval=replan_interval,
             history_window=history_window,
             history_keys=history_keys,

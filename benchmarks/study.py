@@ -1,0 +1,254 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The study: examples/rpd.py over tasks, rewards, teachers' errors and seeds.
+
+Each run is one command of ``examples/rpd.py``, started here with its own process. What is
+in the committed results already is not run again, and a run that was killed goes on from
+its last checkpoint, so that an interrupted study goes on with the same command. Each group
+becomes a page with curves and tables under ``benchmarks/results/study``.
+
+    python -m benchmarks.study --plan                  # what is left, in core-hours
+    python -m benchmarks.study --groups best_goal best_blind --jobs 2
+    python -m benchmarks.study --page                  # only the pages, runs nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from benchmarks.study_groups import GROUPS
+from examples.report import (
+    Run,
+    draw,
+    final_table,
+    interval,
+    percent,
+    sections_of,
+    steps_table,
+    teachers_of,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results" / "study"
+RUNS = REPOSITORY / "runs" / "study"
+# One process per run: two runs at a time use two cores better than one run with workers.
+ALWAYS = ("env.num_workers=1", "env.num_envs=16", "trainer.progress_bar=false")
+FRAMES_PER_SECOND = 220  # of one core, from earlier runs: for the plan alone
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a group."""
+
+    group: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Names its folder."""
+        return f"{self.arm}-seed{self.seed}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """What stands behind ``python examples/rpd.py`` on the command line."""
+        group = GROUPS[self.group]
+        words = (*ALWAYS, *group.common.split(), *group.arms[self.arm].split())
+        return [*words, f"seed={self.seed}"]
+
+    @property
+    def frames(self) -> int:
+        """Of its budget."""
+        last = [word for word in self.overrides if word.startswith("frames=")][-1]
+        return int(last.removeprefix("frames="))
+
+
+def file_of(group: str) -> Path:
+    """Where a group's results are kept."""
+    return RESULTS / f"{group}.json"
+
+
+def load(group: str) -> dict[str, Any]:
+    """The results of a group so far."""
+    file = file_of(group)
+    return json.loads(file.read_text()) if file.exists() else {"runs": {}}
+
+
+def save(group: str, results: dict[str, Any]) -> None:
+    """Writes beside the old file and moves it in place."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    partial = file_of(group).with_suffix(".part")
+    results["runs"] = dict(sorted(results["runs"].items()))
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(file_of(group))
+
+
+def is_done(job: Job) -> bool:
+    """Whether this very command is in the results."""
+    run = load(job.group)["runs"].get(job.name)
+    return run is not None and run["overrides"] == job.overrides
+
+
+def todo(groups: list[str], seeds: list[int] | None) -> list[Job]:
+    """What is missing, all arms of a seed before the next seed."""
+    jobs = []
+    for name in groups:
+        chosen = GROUPS[name].seeds if seeds is None else seeds
+        jobs += [Job(name, arm, seed) for seed in chosen for arm in GROUPS[name].arms]
+    return [job for job in jobs if not is_done(job)]
+
+
+_lock = threading.Lock()
+
+
+def work(job: Job) -> None:
+    """Runs one command and takes its results over."""
+    runs = RUNS / job.group
+    command = [sys.executable, "-W", "ignore", "examples/rpd.py", *job.overrides]
+    command += [f"name={job.name}", f"runs={runs}"]
+    log = runs / f"{job.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        code = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            # The package is found without an installation, threads are set before torch.
+            env={
+                **os.environ,
+                "PYTHONPATH": str(REPOSITORY),
+                "OMP_NUM_THREADS": "1",
+            },
+            check=False,
+        ).returncode
+    finished = runs / job.name / "results.json"
+    if code or not finished.exists():
+        print(f"{job.group}/{job.name} stopped (exit code {code}): {log}", flush=True)
+        return
+    result = json.loads(finished.read_text())
+    with _lock:
+        results = load(job.group)
+        results["machine"] = machine()
+        results["runs"][job.name] = {"overrides": job.overrides, "results": result}
+        save(job.group, results)
+    success = result["student"]["success_once"]
+    print(
+        f"{job.group}/{job.name}: {success['mean']:.3f} "
+        f"[{success['low']:.3f}, {success['high']:.3f}]  {result['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def config_of(overrides: list[str]) -> dict[str, str]:
+    """The overrides by name, as far as they say what is compared."""
+    pairs = dict(word.split("=", 1) for word in overrides)
+    for name in ("seed", "algo", "trainer.progress_bar"):
+        pairs.pop(name, None)
+    return {"sees.student": "state", **pairs}
+
+
+def verdict(arms: list[Any]) -> list[str]:
+    """RPD's lower bound against the teacher and imitation alone, in one sentence."""
+    by_algo = {arm.algo: arm for arm in arms}
+    if "rpd" not in by_algo:
+        return []
+    mean, low, _ = interval([run.success for run in by_algo["rpd"].runs])
+    others = {}
+    if teachers := teachers_of(arms):
+        others["teacher"] = [t["mean"] for t in teachers.values()]
+    for algo, name in (("imitation", "imitation alone"), ("ppo", "PPO alone")):
+        if algo in by_algo:
+            others[name] = [run.success for run in by_algo[algo].runs]
+    beside = ", ".join(
+        f"{'above' if low > interval(values)[0] else 'NOT above'} {name} "
+        f"({percent(interval(values)[0])})"
+        for name, values in others.items()
+    )
+    stats = [run.results["teacher_stats"] for run in by_algo["rpd"].runs]
+    frames = sum(run.results["frames"] for run in by_algo["rpd"].runs)
+    share = sum(s["queries"] for s in stats) / frames
+    return [
+        f"RPD {percent(mean)}, lower bound {percent(low)}: {beside}. Queries of the "
+        f"teacher: {percent(share)} % of the frames.",
+        "",
+    ]
+
+
+def page(group: str) -> str:
+    """The group's page; draws its picture."""
+    results = load(group)
+    runs = [
+        Run(Path(name), run["results"], config_of(run["overrides"]))
+        for name, run in results["runs"].items()
+    ]
+    lines = [f"# {GROUPS[group].title}", "", f"    {command_of(group)}", ""]
+    seconds = sum(run.results["seconds"] for run in runs)
+    for number, (key, arms) in enumerate(sections_of(runs).items()):
+        picture = f"{group}-{number}.png" if number else f"{group}.png"
+        draw(key, arms, None, RESULTS / picture)
+        lines += [f"## {key[0]}, {key[1]} reward, teacher `{key[2]}`", ""]
+        lines += verdict(arms)
+        lines += [f"![curves]({picture})", ""]
+        lines += final_table(arms) + steps_table(arms, None, 1)
+    lines += ["Commands of the arms, behind `python examples/rpd.py`:", ""]
+    lines += [
+        f"- {arm}: `{shlex.join(Job(group, arm, 0).overrides[:-1])}`"
+        for arm in GROUPS[group].arms
+    ]
+    facts = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
+    lines += [
+        "",
+        f"{len(runs)} runs, {seconds / 3600:.1f} core-hours, two at a time. {facts}.",
+        "",
+    ]
+    text = "\n".join(lines)
+    (RESULTS / f"{group}.md").write_text(text)
+    return text
+
+
+def command_of(group: str) -> str:
+    """What runs it."""
+    return f"python -m benchmarks.study --groups {group}"
+
+
+def main() -> None:
+    """Parses the arguments and runs."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=[*GROUPS])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the group's")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--plan", action="store_true", help="what is left")
+    parser.add_argument("--page", action="store_true", help="write the pages")
+    args = parser.parse_args()
+    if not args.page:
+        jobs = todo(args.groups, args.seeds)
+        hours = sum(job.frames for job in jobs) / FRAMES_PER_SECOND / 3600
+        print(f"{len(jobs)} runs to do, about {hours:.1f} core-hours", flush=True)
+        for job in jobs if args.plan else ():
+            print(f"  {job.group}/{job.name}: {shlex.join(job.overrides)}")
+        if args.plan:
+            return
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(work, jobs))
+    for group in args.groups:
+        if load(group)["runs"]:
+            page(group)
+            print(f"wrote {RESULTS / group}.md")
+
+
+if __name__ == "__main__":
+    main()

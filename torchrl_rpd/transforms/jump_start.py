@@ -34,9 +34,9 @@ class JumpStartTransform(Transform):
     sampled where it is; the replacement happens on the way to the env only. The
     advantage of the frames in which the teacher acted says nothing about the student's
     action: wrap GAE in :class:`~torchrl_rpd.trainers.OwnStepsAdvantage`, which takes
-    them out of the policy loss. The critic and the distillation term learn from them as well. As the teacher
-    comes first and never again in an episode, the returns of the other frames are
-    the student's own.
+    them out of the policy loss. The critic and the distillation term learn from them as
+    well. As the teacher comes first and never again in an episode, the returns of the
+    other frames are the student's own.
 
     Place it before :class:`~torchrl_rpd.transforms.TeacherActionTransform`, which then
     asks the teacher wherever it leads, however few other frames are labelled:

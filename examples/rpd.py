@@ -35,7 +35,7 @@ from torchrl.trainers import Trainer
 from torchrl_rpd import set_learner_threads
 from torchrl_rpd.envs import TASKS
 from torchrl_rpd.evaluation import EvaluationResult, evaluate
-from torchrl_rpd.teachers import check_teacher
+from torchrl_rpd.teachers import ScriptedTeacher, check_teacher
 from torchrl_rpd.trainers import CheckpointHook
 
 # Fresh for everybody: neither the training's nor the learning curve's episodes.
@@ -49,10 +49,11 @@ def nonsense(cfg: DictConfig) -> str | None:
     modes = TASKS[task].reward_modes if task in TASKS else [cfg.env.reward_mode]
     if cfg.env.reward_mode not in modes:
         return f"{task} has no reward {cfg.env.reward_mode!r}, only {', '.join(modes)}."
-    if scripted and cfg.algo != "ppo" and TASKS[task].split != "trained":
+    if scripted and cfg.algo != "ppo" and task not in ScriptedTeacher.TASKS:
         return (
             f"There is no scripted teacher for {task}: choose teacher=openvla or "
-            "teacher=octo, a trained task, or algo=ppo."
+            "teacher=octo, algo=ppo, or one of the tasks that have one: "
+            f"{', '.join(ScriptedTeacher.TASKS)}."
         )
     batch = cfg.env.num_envs * cfg.env.num_workers * cfg.trainer.steps_per_batch
     if cfg.frames < batch:

@@ -395,6 +395,11 @@ class TestMistakes:
         ("words", "values", "sentence"),
         [
             ((), {"task__task_id": "PokeCube-v1"}, "no scripted teacher for PokeCube"),
+            (
+                ("algo=imitation",),
+                {"task__task_id": "PushT-v1"},
+                "no scripted teacher for PushT-v1: .*PickCube-v1.*PokeCubeDistractor-v1",
+            ),
             ((), {"frames": 100}, "less than one batch: 800 frames"),
             (("algo=ppo",), {"schedule__init": 1.0}, "no teacher to ask"),
             ((), {"schedule__init": 0.0, "schedule__end": 0.0}, "is algo=ppo: say so"),
@@ -423,12 +428,26 @@ class TestMistakes:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
+        ("flaw", "setting"),
+        [
+            ("blind", "blind_region=((-inf, inf), (0.03, inf))"),
+            ("jitter", "jitter=0.22"),
+        ],
+    )
+    def test_flaws_that_are_files(self, flaw, setting):
+        cfg = composed(f"flaw={flaw}")
+        assert cfg.labels == f"scripted_{flaw}"
+        assert setting in repr(instantiate(cfg.teacher))
+
+    @pytest.mark.parametrize(
         ("words", "task"),
         [
             ((), "PickCube-v1"),
             (("algo=imitation",), "StackCube-v1"),
             (("algo=ppo",), "PokeCube-v1"),
             (("preset=paper",), "PokeCube-v1"),
+            (("reward=sparse",), "PullCubeToolDistractor-v1"),
+            (("reward=sparse", "algo=imitation"), "PokeCubeDistractor-v1"),
         ],
     )
     def test_sense(self, rpd, words, task):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchrl_rpd.teachers._layout import Scene
+from torchrl_rpd.teachers._layout import BASE_X, Scene
 
 __all__ = ["CONTROLLERS"]
 
@@ -25,13 +25,16 @@ _UNIT = 0.1  # metres per step commanded by an action of 1
 # The arm realises 30 to 60 % of a commanded step (targets are relative to where it is),
 # so a gain above 1 still converges without overshoot.
 _GAIN = 1.5
-# The Panda's geometry in metres: its base; the height of the hand's centre at which the
-# wrist is level with the shoulder; the wrist's offset; the stretched arm (0.719 by the
-# drawing) less a margin.
-_BASE_X = -0.615
+# The Panda's geometry in metres: the height of the hand's centre at which the wrist is
+# level with the shoulder; the wrist's offset, and the hand's length from there; the
+# stretched arm (0.719 by the drawing) less a margin.
 _SHOULDER_Z = 0.123
 _WRIST = 0.088
+_HAND = 0.21
 _STRETCH = 0.71
+# How far the hand leans outwards for a cube that is far away, in radians: so the
+# stretched arm reaches furthest along the table (0.88 m from its base, upright 0.79).
+_TILT = 0.8
 # The peg: half its length and half its width; where it is held, from its middle.
 _PEG_HALF = 0.12
 _PEG_RADIUS = 0.025
@@ -54,19 +57,39 @@ def _towards(position: Tensor, target: Tensor) -> Tensor:
     return (_GAIN / _UNIT * (target - position)).clamp(-1.0, 1.0)
 
 
-def _action(scene: Scene, position: Tensor, gripper: Tensor) -> Tensor:
-    """The 7 dimensions: position kept within reach, no rotation, gripper."""
+def _action(
+    scene: Scene,
+    position: Tensor,
+    gripper: Tensor,
+    rotation: Tensor | None = None,
+    tilt: Tensor | float = 0.0,
+) -> Tensor:
+    """The 7 dimensions: position kept within reach, rotation, gripper.
+
+    ``tilt`` (``[*B, 1]`` or a number) is how far the hand leans outwards, in radians.
+    """
     wanted = scene.tcp + _UNIT * position
     # Out of reach the inverse kinematics has no solution and the arm stands still for
     # ever, so the command is shortened, towards the base, to what the stretched arm
-    # reaches with the hand pointing down.
-    radial = torch.cat([wanted[..., :1] - _BASE_X, wanted[..., 1:2]], -1)
-    drop = wanted[..., 2:] - _SHOULDER_Z
-    reach = _WRIST + (_STRETCH**2 - drop.square()).clamp_min(0.0).sqrt()
+    # reaches with the hand as it is.
+    tilt = torch.as_tensor(tilt, dtype=position.dtype, device=position.device)
+    down, out = torch.cos(tilt), torch.sin(tilt)
+    radial = _from_base(wanted)
+    level = _SHOULDER_Z + _HAND * (1.0 - down) + _WRIST * out
+    drop = wanted[..., 2:] - level
+    arm = (_STRETCH**2 - drop.square()).clamp_min(0.0).sqrt()
+    reach = _WRIST * down + _HAND * out + arm
     shrink = (reach / _norm(radial).clamp_min(1e-6)).clamp_max(1.0) - 1.0
     inside = position[..., :2] + shrink * radial / _UNIT
     position = torch.cat([inside, position[..., 2:]], -1).clamp(-1.0, 1.0)
-    return torch.cat([position, torch.zeros_like(position), gripper], -1)
+    if rotation is None:
+        rotation = torch.zeros_like(position)
+    return torch.cat([position, rotation, gripper], -1)
+
+
+def _from_base(position: Tensor) -> Tensor:
+    """In the plane, from the robot's base: ``[*B, 2]``."""
+    return torch.cat([position[..., :1] - BASE_X, position[..., 1:2]], -1)
 
 
 def _above(position: Tensor, height: Tensor) -> Tensor:
@@ -188,7 +211,7 @@ def lift_peg_upright(scene: Scene) -> Tensor:
 
 
 def _as_seen_from_the_arm(scene: Scene) -> Scene:
-    """RollBall in the frame of the other tasks: base at ``_BASE_X``, looking along x."""
+    """RollBall in the frame of the other tasks: base at ``BASE_X``, looking along x."""
     assert scene.velocity is not None
     x, y = _BALL_BASE
 
@@ -196,7 +219,7 @@ def _as_seen_from_the_arm(scene: Scene) -> Scene:
         return torch.stack([-v[..., 1], v[..., 0], v[..., 2]], -1)
 
     def move(position: Tensor) -> Tensor:
-        return turn(position) + position.new_tensor((_BASE_X + y, -x, 0.0))
+        return turn(position) + position.new_tensor((BASE_X + y, -x, 0.0))
 
     return scene._replace(
         tcp=move(scene.tcp),
@@ -244,6 +267,86 @@ def roll_ball(scene: Scene) -> Tensor:
     return _action(scene, arm, gripper)
 
 
+def _tilted(scene: Scene, out: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation command that tilts the hand by ``wanted``, and the tilt that it has.
+
+    ``out`` (``[*B, 2]``, a unit vector) is the direction in which it leans; the fingers
+    open at right angles to it.
+    """
+    assert scene.hand is not None
+    w, x, y, z = (scene.hand / _norm(scene.hand).clamp_min(1e-6)).unbind(-1)
+    # where the hand points (its z axis), and along what its fingers open (its y axis)
+    points = torch.stack(
+        [2.0 * (x * z + w * y), 2.0 * (y * z - w * x), 1.0 - 2.0 * (x * x + y * y)], -1
+    )
+    opens = torch.stack(
+        [2.0 * (x * y - w * z), 1.0 - 2.0 * (x * x + z * z), 2.0 * (y * z + w * x)], -1
+    )
+    to_point = torch.cat([torch.sin(wanted) * out, -torch.cos(wanted)], -1)
+    to_open = torch.cat([out[..., 1:], -out[..., :1], torch.zeros_like(wanted)], -1)
+    error = torch.linalg.cross(points, to_point) + torch.linalg.cross(opens, to_open)
+    # ManiSkill's controller turns against the command (Panda: rot_lower = -0.1)
+    rotation = (-_GAIN / _UNIT * 0.5 * error).clamp(-1.0, 1.0)
+    outwards = (points[..., :2] * out).sum(-1, keepdim=True)
+    tilt = torch.atan2(outwards.clamp_min(0.0), -points[..., 2:])
+    return rotation, tilt.clamp_max(1.0)
+
+
+def pull_far_cube(scene: Scene) -> Tensor:
+    """Grasp the cube with the tilted hand, drag it over the table to the goal, let go.
+
+    PullCube's own way starts behind the cube, which more often is out of reach.
+    """
+    # upright where that will do: beside a near cube the tool may lie under the hand
+    out = _from_base(scene.cube)
+    wanted = _TILT * _ramp(_norm(out), 0.70, 0.80)
+    rotation, tilt = _tilted(scene, out / _norm(out).clamp_min(0.1), wanted)
+    away = _norm(scene.cube[..., :2] - scene.tcp[..., :2])
+    far = torch.maximum(_ramp(away, 0.018, 0.06), _ramp(wanted - tilt, 0.1, 0.3))
+    reach = _towards(scene.tcp, _above(scene.cube, 0.08 * far))
+    distance = _norm(scene.cube - scene.tcp)
+    fingers = scene.fingers.mean(-1, keepdim=True)
+    between = 1.0 - _ramp(distance, 0.014, 0.024)
+    held = between * (1.0 - _ramp(fingers, 0.030, 0.036))
+    drag = _towards(scene.cube, scene.goal)
+    to_goal = _norm(scene.goal[..., :2] - scene.cube[..., :2])
+    placed = between * (1.0 - _ramp(to_goal, 0.02, 0.04))
+    arm = (1.0 - placed) * (reach + held * (drag - reach))
+    closed = torch.maximum(held, 1.0 - _ramp(distance, 0.010, 0.024))
+    gripper = 1.0 - 2.0 * closed * (1.0 - placed)
+    # a turn of the hand would tilt the cube, which counts flat on the table only
+    return _action(scene, arm, gripper, (1.0 - held) * rotation, tilt)
+
+
+def push_far_cube(scene: Scene) -> Tensor:
+    """Push the cube to the goal with the tilted hand, its fingers 20 mm apart.
+
+    Two points of contact keep the cube straight where one would turn it aside. They
+    are above the cube's centre: higher up the arm reaches further.
+    """
+    behind = scene.cube[..., :1] - scene.tcp[..., :1]
+    aside = (scene.cube[..., 1:2] - scene.tcp[..., 1:2]).abs()
+    contact = _above(scene.cube, torch.full_like(behind, 0.012))
+    height = scene.tcp[..., 2:] - contact[..., 2:]
+    ready = scene.cube[..., :1] - 0.055
+    final = scene.goal[..., :1] - 0.03
+    in_line = (1.0 - _ramp(aside, 0.01, 0.025)) * (1.0 - _ramp(height, 0.012, 0.035))
+    sweep = in_line * _ramp(behind, 0.0, 0.02)
+    x = ready + sweep * (final - ready)
+    # over the peg, which lies behind the cube, and over the cube
+    clear = (1.0 - _ramp(behind, 0.075, 0.12)) * (1.0 - _ramp(aside, 0.02, 0.05))
+    lift = 0.08 * (1.0 - clear * _ramp(behind, 0.012, 0.03))
+    target = torch.cat([x, contact[..., 1:2], contact[..., 2:] + lift], -1)
+    # a cube that leaves the hand at full speed slides past the goal
+    slow = 1.0 - 0.5 * sweep
+    arm = _towards(scene.tcp, target)
+    arm = torch.cat([arm[..., :1].clamp(-slow, slow), arm[..., 1:]], -1)
+    ahead = torch.zeros_like(scene.cube[..., :2])
+    ahead[..., 0] = 1.0
+    rotation, tilt = _tilted(scene, ahead, torch.full_like(lift, _TILT))
+    return _action(scene, arm, torch.full_like(lift, -0.2), rotation, tilt)
+
+
 CONTROLLERS: dict[str, Callable[[Scene], Tensor]] = {
     "PushCube-v1": push_cube,
     "PullCube-v1": pull_cube,
@@ -251,4 +354,6 @@ CONTROLLERS: dict[str, Callable[[Scene], Tensor]] = {
     "StackCube-v1": stack_cube,
     "LiftPegUpright-v1": lift_peg_upright,
     "RollBall-v1": roll_ball,
+    "PokeCubeDistractor-v1": push_far_cube,
+    "PullCubeToolDistractor-v1": pull_far_cube,
 }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "Scene", "StateLayout"]
+__all__ = ["BASE_X", "LAYOUTS", "Scene", "StateLayout"]
 
 
 class Scene(NamedTuple):
@@ -25,6 +25,7 @@ class Scene(NamedTuple):
     grasped: Tensor | None = None  # [*B, 1], 1.0 or 0.0, where the task says it
     axis: Tensor | None = None  # [*B, 3] the peg's long axis, a unit vector
     velocity: Tensor | None = None  # [*B, 3] of the ball, m/s
+    hand: Tensor | None = None  # [*B, 4] how the hand is turned, quaternion, w first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,11 @@ class StateLayout:
     """Columns of one task's flat state (``qpos`` 0:9 and ``qvel`` 9:18 come first).
 
     ``tcp``, ``cube`` (the object: cube, peg or ball) and ``goal`` are the first columns
-    of positions, ``goal`` None where the object may end anywhere, ``goal_height`` above
-    the table. Source: the tasks' ``_get_obs_extra`` in ManiSkill 3.0.1.
+    of positions, ``quaternion`` is the peg's and ``hand`` the hand's. ``goal`` is None
+    where the state does not hold it. Then it lies at the object, plus the vector in
+    ``cube_to_goal`` if there is one, led back to ``goal_radius`` metres from the robot's
+    base if there is one, ``goal_height`` above the table. Source: the tasks'
+    ``_get_obs_extra`` in ManiSkill 3.0.1.
     """
 
     size: int
@@ -45,6 +49,9 @@ class StateLayout:
     grasped: int | None = None
     quaternion: int | None = None
     velocity: int | None = None
+    hand: int | None = None
+    cube_to_goal: int | None = None
+    goal_radius: float | None = None
 
     def scene(self, observation: Tensor) -> Scene:
         """Cut ``[*B, size]`` into a :class:`Scene`."""
@@ -56,10 +63,11 @@ class StateLayout:
             return None if start is None else cut(start, width)
 
         cube = cut(self.cube, 3)
-        if self.goal is None:
-            goal = cube * cube.new_tensor((1.0, 1.0, 0.0))
-        else:
-            goal = cut(self.goal, 3)
+        goal = (
+            cut(self.goal, 3)
+            if self.goal is not None
+            else self._from_cube(cube, find(self.cube_to_goal, 3))
+        )
         quaternion = find(self.quaternion, 4)
         return Scene(
             tcp=cut(self.tcp, 3),
@@ -69,7 +77,18 @@ class StateLayout:
             grasped=find(self.grasped, 1),
             axis=None if quaternion is None else _x_axis(quaternion),
             velocity=find(self.velocity, 3),
+            hand=find(self.hand, 4),
         )
+
+    def _from_cube(self, cube: Tensor, to_goal: Tensor | None) -> Tensor:
+        """The goal on the table where the state does not hold it."""
+        place = cube if to_goal is None else cube + to_goal
+        if self.goal_radius is not None:
+            base = place.new_tensor((BASE_X, 0.0, 0.0))
+            way = (place - base) * place.new_tensor((1.0, 1.0, 0.0))
+            far = way.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-6)
+            place = base + way * (self.goal_radius / far)
+        return place * place.new_tensor((1.0, 1.0, 0.0))
 
 
 def _x_axis(quaternion: Tensor) -> Tensor:
@@ -80,6 +99,9 @@ def _x_axis(quaternion: Tensor) -> Tensor:
     )
 
 
+# Where the robot stands on the x axis (not in RollBall), metres.
+BASE_X = -0.615
+_CUBE_HALF = 0.02
 _JOINTS = "qpos 0:9, qvel 9:18, "
 _PUSH = StateLayout(
     size=35,
@@ -128,5 +150,29 @@ LAYOUTS: dict[str, StateLayout] = {
         cube=28,
         goal=25,
         velocity=35,
+    ),
+    "PokeCubeDistractor-v1": StateLayout(
+        size=54,
+        # "goal_pos" is ManiSkill's name for what is the peg's position
+        names=_JOINTS + "tcp_pose 18:25, cube_pose 25:32, peg_pose 32:39, "
+        "goal_pos 39:42, tcp_to_peg_pos 42:45, peg_to_cube_pos 45:48, "
+        "cube_to_goal_pos 48:51, peghead_to_cube_pos 51:54",
+        tcp=18,
+        hand=21,
+        cube=25,
+        cube_to_goal=48,
+        goal=None,
+        goal_height=_CUBE_HALF,
+    ),
+    "PullCubeToolDistractor-v1": StateLayout(
+        size=39,
+        names=_JOINTS + "tcp_pose 18:25, cube_pose 25:32, tool_pose 32:39",
+        tcp=18,
+        hand=21,
+        cube=25,
+        # straight towards the robot; the goal region ends 0.6 m from its base
+        goal=None,
+        goal_radius=0.53,
+        goal_height=_CUBE_HALF,
     ),
 }

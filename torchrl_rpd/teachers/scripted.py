@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -25,11 +26,14 @@ class ScriptedTeacher(TensorDictModuleBase):
 
     Stands in for a Vision-Language-Action model where a run must be cheap, exact and
     reproducible: it reads the simulator's state, needs no weights, and errs only as
-    asked. Tasks: ``PushCube-v1``, ``PullCube-v1``, ``PickCube-v1``, ``StackCube-v1``,
-    ``LiftPegUpright-v1`` and ``RollBall-v1`` of ManiSkill 3 with the Panda arm, state
-    observations and the control mode ``pd_ee_delta_pose``. The control mode cannot be
-    seen in the data: in any other mode these actions mean something else and the
-    teacher fails. How often it succeeds: ``benchmarks/results/scripted_success.md``.
+    asked. Tasks (:attr:`TASKS`): ``PushCube-v1``, ``PullCube-v1``, ``PickCube-v1``,
+    ``StackCube-v1``, ``LiftPegUpright-v1`` and ``RollBall-v1`` of ManiSkill 3, and of
+    the hold-outs with the tool as a distractor ``PullCubeToolDistractor-v1`` and
+    ``PokeCubeDistractor-v1``; with the Panda arm, state observations and the control
+    mode ``pd_ee_delta_pose``. The control mode cannot be seen in the data: in any other
+    mode these actions mean something else and the teacher fails. How often it succeeds:
+    ``benchmarks/results/scripted_success.md``; a third of PokeCubeDistractor's starts
+    are out of its reach.
 
     The teacher is memoryless and a pure function of its inputs. Noise is a hash of
     ``(seed, observation)``, an episode's offset a hash of ``(seed, episode_seed)``:
@@ -40,7 +44,7 @@ class ScriptedTeacher(TensorDictModuleBase):
     ``blind_region``, ``laziness``, ``jitter``, ``gripper_chatter``, ``random_action``.
 
     Args:
-        task_id (str): one of the six tasks.
+        task_id (str): one of :attr:`TASKS`.
 
     Keyword Args:
         seed (int): seeds every random flaw. Defaults to ``0``.
@@ -58,8 +62,9 @@ class ScriptedTeacher(TensorDictModuleBase):
             LiftPegUpright the peg, in RollBall the ball) is seen displaced, metres,
             world frame. Defaults to ``(0, 0, 0)``.
         goal_offset (sequence of float): the same for the goal (in StackCube: the place
-            above cube B; in LiftPegUpright only the height counts). Defaults to
-            ``(0, 0, 0)``.
+            above cube B; in LiftPegUpright only the height counts; in
+            PullCubeToolDistractor the place 0.53 m from the robot's base, towards the
+            cube). Defaults to ``(0, 0, 0)``.
         cube_offset_std (float or sequence of float): standard deviation, in metres, of
             a further displacement of the cube that is redrawn per episode from
             N(0, std) on each axis. One float holds for x and y, with the height seen
@@ -71,14 +76,18 @@ class ScriptedTeacher(TensorDictModuleBase):
             inside, infinite bounds allowed. While the cube's true centre lies in it,
             the teacher does nothing: arm still, gripper open. Defaults to ``None``.
         observation_key (NestedKey): flat state, ``[*B, D]`` float32 with the task's
-            ``D`` (35, 35, 42, 48, 32, 44). Defaults to ``"observation"``.
+            ``D`` (35, 35, 42, 48, 32, 44, 39, 54). Defaults to ``"observation"``.
         episode_seed_key (NestedKey): ``[*B, 1]`` int64, constant within an episode.
             Read only where an offset is redrawn per episode. Defaults to
             ``"episode_seed"``.
         action_key (NestedKey): where to write the action, ``[*B, 1, 7]`` float32 in
-            [-1, 1]: three of position, three of rotation (always 0), the gripper (+1
-            open, -1 closed; in between the fingers stop on their way). Defaults to
+            [-1, 1]: three of position, three of rotation (0 but in the two tasks with a
+            distractor, where the hand tilts to reach further), the gripper (+1 open, -1
+            closed; in between the fingers stop on their way). Defaults to
             ``("vla_action", "chunk")``.
+
+    Attributes:
+        TASKS (tuple of str): the ids of the tasks for which there is a controller.
 
     Raises:
         ValueError: for an unknown task, a flaw outside its range, or (in the call) an
@@ -112,6 +121,8 @@ class ScriptedTeacher(TensorDictModuleBase):
         False
     """
 
+    TASKS: ClassVar[tuple[str, ...]] = tuple(CONTROLLERS)
+
     def __init__(
         self,
         task_id: str,
@@ -134,7 +145,7 @@ class ScriptedTeacher(TensorDictModuleBase):
         if task_id not in CONTROLLERS:
             raise ValueError(
                 f"ScriptedTeacher has no controller for task {task_id!r}; it has: "
-                + ", ".join(sorted(CONTROLLERS))
+                + ", ".join(sorted(self.TASKS))
             )
         self.task_id = task_id
         self._layout = LAYOUTS[task_id]

@@ -17,7 +17,7 @@ WHEELS ?=
 JOBS ?= 2
 
 # Ray is large and needed by `slow` tests only.
-EXTRAS := maniskill,plot,wandb,tensorboard,hydra,remote,openvla,octo,dev
+EXTRAS := maniskill,plot,wandb,tensorboard,hydra,remote,openvla,octo,finetune,dev
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -41,6 +41,7 @@ class TestImport:
     # Every package of the extras, and what they bring along that could be used by
     # mistake. Torch brings its own NumPy bindings, hence NumPy is not one of them.
     OPTIONAL = (
+        "accelerate",
         "gym",
         "gymnasium",
         "huggingface_hub",
@@ -50,6 +51,7 @@ class TestImport:
         "matplotlib",
         "msgpack",
         "omegaconf",
+        "peft",
         "PIL",
         "ray",
         "safetensors",

@@ -17,7 +17,7 @@ WHEELS ?=
 JOBS ?= 2
 
 # Ray is large and needed by `slow` tests only.
-EXTRAS := maniskill,plot,wandb,tensorboard,hydra,remote,openvla,octo,finetune,dev
+EXTRAS := maniskill,plot,wandb,tensorboard,hydra,remote,openvla,octo,rlds,finetune,dev
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -42,8 +42,10 @@ class TestImport:
     # mistake. Torch brings its own NumPy bindings, hence NumPy is not one of them.
     OPTIONAL = (
         "accelerate",
+        "google_crc32c",
         "gym",
         "gymnasium",
+        "h5py",
         "huggingface_hub",
         "hydra",
         "lerobot",

@@ -31,7 +31,7 @@ class Group:
     seeds: tuple[int, ...] = THREE
 
 
-_BEST = "task=pick_cube reward=sparse preset=best"
+_BEST = "task=pick_cube reward=sparse preset=best frames=200000"
 
 
 def _best(flaw: str, title: str, seeds: tuple[int, ...] = THREE) -> Group:

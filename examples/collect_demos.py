@@ -8,6 +8,7 @@
     python examples/collect_demos.py PushCube-v1 --camera main hand --image-size 128
     python examples/collect_demos.py PickCube-v1 --state-only --flaw cube_offset_std=0.01
     python examples/collect_demos.py PickCube-v1 --planner --planner-python PATH
+    python examples/collect_demos.py PushCube-v1 --act-as PullCube-v1   # and the reverse
 
 The demonstrator is the scripted teacher, which acts from the simulator's state; pictures
 are recorded beside it. Killed at any time, the same command goes on where it was; with
@@ -31,10 +32,18 @@ from tensordict import TensorDict, TensorDictBase
 
 from torchrl_rpd import set_learner_threads
 from torchrl_rpd.data import flat_state, record_demos
+from torchrl_rpd.envs import TASKS as TASK_TABLE
 from torchrl_rpd.envs import ManiSkillEnv
 from torchrl_rpd.teachers import ScriptedTeacher
 
 TASKS = ("PushCube-v1", "PullCube-v1", "PickCube-v1", "StackCube-v1")
+# What one task's demonstrator does in the scene of the other: its goal lies 0.2 m from the
+# cube, on the other side of it.
+MIRRORED = {
+    ("PushCube-v1", "PullCube-v1"): (-0.4, 0.0, 0.0),
+    ("PullCube-v1", "PushCube-v1"): (0.4, 0.0, 0.0),
+}
+MIRRORED_STEPS = 18  # no success ends these episodes
 
 
 def flaw(word: str) -> tuple[str, Any]:
@@ -71,6 +80,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="the teacher's flaws, e.g. jitter=0.1 cube_offset_std=0.01",
     )
+    add(
+        "--act-as",
+        metavar="TASK",
+        help="push in PullCube-v1's scenes or pull in PushCube-v1's, so that only the "
+        "instruction tells which; every episode is kept",
+    )
     add("--planner", action="store_true", help="ManiSkill's motion planner acts")
     add(
         "--planner-python", default=sys.executable, help="Python with numpy<2 and mplib"
@@ -97,13 +112,24 @@ def demonstrator(task: str, flaws: dict[str, Any]) -> Callable[[TensorDictBase],
 def record(task: str, args: argparse.Namespace) -> None:
     """Records one task, or goes on with it."""
     flaws = dict(args.flaw)
+    acted, keep = task, "all" if args.keep_failures else "success"
+    if args.act_as is not None:
+        acted, keep = args.act_as, "all"
+        if (task, acted) not in MIRRORED:
+            raise SystemExit(
+                "collect_demos.py: --act-as goes with PushCube-v1 and PullCube-v1, each "
+                f"for the other; got {acted} for {task}."
+            )
+        flaws["goal_offset"] = MIRRORED[task, acted]
     # What ManiSkill needs to make the environment again, and what it does not know.
-    made_with = {
+    made_with: dict[str, Any] = {
         "obs_mode": "state" if args.state_only else "rgb+state_dict",
         "control_mode": "pd_ee_delta_pose",
         "reward_mode": "sparse",
         "sim_backend": "physx_cpu",
     }
+    if acted != task:
+        made_with["max_episode_steps"] = MIRRORED_STEPS
     ours: dict[str, Any] = {"fast_controller": args.fast_controller}
     names = None
     if not args.state_only:
@@ -117,12 +143,13 @@ def record(task: str, args: argparse.Namespace) -> None:
     started = time.perf_counter()
     done = record_demos(
         env,
-        demonstrator(task, flaws),
-        args.out / f"{task}.h5",
+        demonstrator(acted, flaws),
+        args.out / (f"{task}.h5" if acted == task else f"{task}-as-{acted}.h5"),
         task_id=task,
         episodes=args.episodes,
         seed=args.seed,
-        keep="all" if args.keep_failures else "success",
+        keep=keep,
+        instruction=TASK_TABLE[acted].instruction,
         cameras=names,
         env_kwargs=made_with,
         settings={**ours, "teacher": "scripted", "flaws": flaws},

@@ -237,17 +237,17 @@ class TestCPU:
 
 class TestJumpStart:
     def test_is_cpu_with_a_teacher_that_leads_in(self, resolved):
-        values = resolved("preset=jump_start", "reward=sparse")
+        values = resolved("preset=best", "reward=sparse")
         assert values["trainer.jump_start.fraction"] == 0.5
         # The arm as in `cpu`, the gripper wider.
         assert values["student.log_std_init"] == [-1.5] * 6 + [-0.3]
         assert values["loss.normalize_advantage"] is False
         last = values["trainer.hooks"][-1]
-        assert (last["start_frames"], last["end_frames"]) == (40_000, 90_000)
+        assert (last["start_frames"], last["end_frames"]) == (40_000, 150_000)
         assert values["env.num_workers"] == resolved()["env.num_workers"]
 
     def test_loss_must_leave_the_advantages_alone(self):
-        cfg = composed("preset=jump_start", loss__normalize_advantage=True)
+        cfg = composed("preset=best", loss__normalize_advantage=True)
         OmegaConf.update(cfg, "env.num_workers", 1)
         with pytest.raises(InstantiationException, match="normalize_advantage=false"):
             instantiate(cfg.trainer)

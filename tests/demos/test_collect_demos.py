@@ -50,6 +50,33 @@ def test_flaws():
         collect_demos.parse(["--flaw", "jitter"])
 
 
+@pytest.mark.maniskill
+def test_pulling_where_another_would_push(tmp_path):
+    words = [
+        "PushCube-v1",
+        "--act-as",
+        "PullCube-v1",
+        "--state-only",
+        "--episodes",
+        "2",
+    ]
+    collect_demos.main([*words, "--fast-controller", "--out", str(tmp_path)])
+    demos = ManiSkillDemos(
+        tmp_path / "PushCube-v1-as-PullCube-v1.h5", state="", success_only=False
+    )
+    assert demos.instructions == ["pull the cube towards the robot base"]
+    assert [info.length for info in demos.episodes] == [18, 18]
+    for i in range(2):
+        cube = demos.episode(i)["observation", "state"][:, 28]
+        assert cube[-1] - cube[0] < -0.1  # metres along x: towards the robot
+
+
+def test_acting_as_somebody_else_only_where_it_can_be_mirrored(tmp_path):
+    words = ["PickCube-v1", "--act-as", "PullCube-v1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="got PullCube-v1 for PickCube-v1"):
+        collect_demos.main(words)
+
+
 class TestPlanner:
     """ManiSkill's planner is somebody else's program: what if it fails?"""
 

@@ -36,7 +36,7 @@ from torchrl_rpd import set_learner_threads
 from torchrl_rpd.envs import TASKS
 from torchrl_rpd.evaluation import EvaluationResult, evaluate
 from torchrl_rpd.teachers import ScriptedTeacher, check_teacher
-from torchrl_rpd.trainers import CheckpointHook
+from torchrl_rpd.trainers import CheckpointHook, NonFiniteError, NumericalGuard
 
 # Fresh for everybody: neither the training's nor the learning curve's episodes.
 FINAL_SEEDS = 2_000_000
@@ -156,6 +156,7 @@ def main(cfg: DictConfig) -> None:
 
     # 3. Training; it closes the simulators. Killed at any moment, the same command goes on
     # from the last checkpoint.
+    NumericalGuard(out / "guard").register(trainer)
     checkpoints = None
     if cfg.checkpoint.every is not None:
         checkpoints = CheckpointHook(
@@ -165,7 +166,10 @@ def main(cfg: DictConfig) -> None:
         if checkpoints.resume():
             print(f"going on at {trainer.collected_frames} frames", flush=True)
     start = time.perf_counter()
-    trainer.train()
+    try:
+        trainer.train()
+    except NonFiniteError as error:
+        sys.exit(f"rpd.py: {error}")
     seconds = time.perf_counter() - start
 
     if trainer.logger is not None:

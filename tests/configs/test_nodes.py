@@ -100,6 +100,7 @@ PAIRS = [
         left_out={"model", "prompts", "statistics", "config"},
     ),
     Pair("OctoTeacherConfig", [teachers.OctoTeacher.from_pretrained]),
+    Pair("PocketVLATeacherConfig", [teachers.PocketVLATeacher.__init__]),
     Pair("RemoteTeacherConfig", [teachers.remote.RemoteTeacher.__init__]),
     Pair(
         "MLPStudentConfig",
@@ -116,6 +117,7 @@ PAIRS = [
         [trainers.DistillCoeffSchedule.__init__],
         filled={"loss"},
     ),
+    Pair("NumericalGuardConfig", [trainers.NumericalGuard.__init__]),
     Pair("LogEpisodesConfig", [trainers.LogEpisodes.__init__]),
     Pair("LogTeacherConfig", [trainers.LogTeacher.__init__], filled={"transform"}),
     Pair(

@@ -28,6 +28,7 @@ from torchrl_rpd.trainers import (
     EvaluationHook,
     LogEpisodes,
     LogTeacher,
+    NumericalGuard,
     ObservationNormUpdate,
     OnPolicyMinibatches,
     TargetKLStepper,
@@ -131,6 +132,35 @@ def make_log_teacher(*, transform: Any = None) -> TrainerHookBase:
     if transform is not None:
         return LogTeacher(transform)
     return LateHook(lambda trainer: LogTeacher(find_teacher(trainer)))
+
+
+@dataclass
+class NumericalGuardConfig(HookConfig):
+    """Hydra configuration for :class:`~torchrl_rpd.trainers.NumericalGuard`.
+
+    Every argument of the constructor is a field.
+
+    Examples:
+        >>> from hydra.utils import instantiate
+        >>> from torchrl_rpd.configs import NumericalGuardConfig
+        >>> instantiate(NumericalGuardConfig(directory="runs/guard")).max_kl
+        2.0
+    """
+
+    directory: str = MISSING
+    keys: Any = None
+    teacher_action_key: Any = "teacher_action"
+    teacher_mask_key: Any = "teacher_mask"
+    max_kl: float | None = 2.0
+    min_ess: float | None = 0.1
+    _target_: str = "torchrl_rpd.configs.hooks.make_numerical_guard"
+    _convert_: str = "all"
+
+
+def make_numerical_guard(**kwargs: Any) -> NumericalGuard:
+    """Builds the hook of a :class:`NumericalGuardConfig`."""
+    single = ("teacher_action_key", "teacher_mask_key")
+    return NumericalGuard(**with_keys(kwargs, single=single, several=("keys",)))
 
 
 @dataclass

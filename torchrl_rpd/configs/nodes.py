@@ -19,6 +19,7 @@ from torchrl_rpd.configs.hooks import (
     EvaluationHookConfig,
     LogEpisodesConfig,
     LogTeacherConfig,
+    NumericalGuardConfig,
     ObservationNormUpdateConfig,
     OnPolicyMinibatchesConfig,
     SyncPolicyConfig,
@@ -37,6 +38,7 @@ from torchrl_rpd.configs.students import CNNStudentConfig, MLPStudentConfig
 from torchrl_rpd.configs.teachers import (
     OctoTeacherConfig,
     OpenVLATeacherConfig,
+    PocketVLATeacherConfig,
     RemoteTeacherConfig,
     ScriptedTeacherConfig,
 )
@@ -63,6 +65,7 @@ NODES = (
     Node("teacher", "scripted", ScriptedTeacherConfig),
     Node("teacher", "openvla", OpenVLATeacherConfig),
     Node("teacher", "octo", OctoTeacherConfig),
+    Node("teacher", "pocket", PocketVLATeacherConfig),
     Node("teacher", "remote", RemoteTeacherConfig),
     Node("student", "mlp", MLPStudentConfig),
     Node("student", "cnn", CNNStudentConfig),
@@ -74,6 +77,7 @@ NODES = (
     Node("hook", "log_teacher", LogTeacherConfig),
     Node("hook", "jump_start_schedule", JumpStartScheduleConfig),
     Node("hook", "evaluation", EvaluationHookConfig),
+    Node("hook", "numerical_guard", NumericalGuardConfig),
     Node("hook", "observation_norm_update", ObservationNormUpdateConfig),
     Node("hook", "target_kl_stepper", TargetKLStepperConfig),
     Node("hook", "on_policy_minibatches", OnPolicyMinibatchesConfig),

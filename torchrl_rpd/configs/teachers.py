@@ -16,7 +16,12 @@ from tensordict import TensorDictBase
 from torchrl.trainers.algorithms.configs.common import ConfigBase
 
 from torchrl_rpd.configs._plain import as_dtype, with_keys
-from torchrl_rpd.teachers import OctoTeacher, OpenVLATeacher, ScriptedTeacher
+from torchrl_rpd.teachers import (
+    OctoTeacher,
+    OpenVLATeacher,
+    PocketVLATeacher,
+    ScriptedTeacher,
+)
 from torchrl_rpd.teachers.remote import RemoteTeacher
 
 
@@ -142,6 +147,28 @@ class OctoTeacherConfig(_TeacherConfig):
 
 
 @dataclass
+class PocketVLATeacherConfig(_TeacherConfig):
+    """Hydra configuration for :class:`~torchrl_rpd.teachers.PocketVLATeacher`.
+
+    Every argument of the constructor is a field.
+
+    Examples:
+        >>> from hydra.utils import instantiate
+        >>> from torchrl_rpd.configs import PocketVLATeacherConfig
+        >>> instantiate(PocketVLATeacherConfig(task_id="PushCube-v1")).chunk_size
+        4
+    """
+
+    task_id: str | None = None
+    instruction: str | None = None
+    path: str | None = None
+    device: str = "cpu"
+    image_key: Any = field(default_factory=lambda: ["observation", "image"])
+    instruction_key: Any = "language_instruction"
+    _target_: str = "torchrl_rpd.configs.teachers.load_pocket"
+
+
+@dataclass
 class RemoteTeacherConfig(_TeacherConfig):
     """Hydra configuration for :class:`~torchrl_rpd.teachers.RemoteTeacher`.
 
@@ -193,6 +220,13 @@ def load_octo(*, dtype: str = "float32", **kwargs: Any) -> OctoTeacher:
     keys = ("image_key", "wrist_image_key", "instruction_key", "std_key")
     kwargs = with_keys(kwargs, single=keys)
     return OctoTeacher.from_pretrained(dtype=as_dtype(dtype) or torch.float32, **kwargs)
+
+
+def load_pocket(**kwargs: Any) -> PocketVLATeacher:
+    """Loads the teacher of a :class:`PocketVLATeacherConfig`."""
+    return PocketVLATeacher(
+        **with_keys(kwargs, single=("image_key", "instruction_key"))
+    )
 
 
 def connect(*, in_keys: Any = None, **kwargs: Any) -> RemoteTeacher:

@@ -15,6 +15,7 @@ from torchrl_rpd.teachers.checkpoints import CHECKPOINTS, Checkpoint
 from torchrl_rpd.teachers.lerobot import LeRobotTeacher
 from torchrl_rpd.teachers.octo import OctoTeacher
 from torchrl_rpd.teachers.openvla import OpenVLATeacher
+from torchrl_rpd.teachers.pocket import PocketVLATeacher
 from torchrl_rpd.teachers.remote import RemoteTeacher
 from torchrl_rpd.teachers.scripted import ScriptedTeacher
 
@@ -24,6 +25,7 @@ __all__ = [
     "LeRobotTeacher",
     "OctoTeacher",
     "OpenVLATeacher",
+    "PocketVLATeacher",
     "RemoteTeacher",
     "ScriptedTeacher",
     "TeacherCheckError",

@@ -5,6 +5,7 @@
 """Hooks for TorchRL's own trainer."""
 
 from torchrl_rpd.trainers.checkpointing import CheckpointHook
+from torchrl_rpd.trainers.guard import NonFiniteError, NumericalGuard
 from torchrl_rpd.trainers.hooks import (
     EvaluationHook,
     LogEpisodes,
@@ -28,6 +29,8 @@ __all__ = [
     "JumpStartSchedule",
     "LogEpisodes",
     "LogTeacher",
+    "NonFiniteError",
+    "NumericalGuard",
     "ObservationNormUpdate",
     "OnPolicyMinibatches",
     "OwnStepsAdvantage",

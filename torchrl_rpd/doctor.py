@@ -21,6 +21,8 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+__all__ = ["EXTRAS", "Finding", "report"]
+
 _PACKAGE = "torchrl_rpd"
 #: What each optional extra is for, in the order in which they are shown.
 EXTRAS = {

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -167,6 +168,8 @@ def verdict(arms: list[Any]) -> list[str]:
     if "rpd" not in by_algo:
         return []
     mean, low, _ = interval([run.success for run in by_algo["rpd"].runs])
+    if math.isnan(low):
+        return [f"RPD {percent(mean)}: one seed so far, which has no interval.", ""]
     others = {}
     if teachers := teachers_of(arms):
         others["teacher"] = [t["mean"] for t in teachers.values()]
@@ -212,7 +215,7 @@ def page(group: str) -> str:
     facts = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
     lines += [
         "",
-        f"{len(runs)} runs, {seconds / 3600:.1f} core-hours, two at a time. {facts}.",
+        f"Runs: {len(runs)}, {seconds / 3600:.1f} hours of training added up. {facts}.",
         "",
     ]
     text = "\n".join(lines)

@@ -103,7 +103,7 @@ def test_a_page(made_up):
         in page
     )
     assert "Queries of the teacher: 25.0 % of the frames" in page
-    assert "4 runs, 2.0 core-hours" in page
+    assert "Runs: 4, 2.0 hours of training added up" in page
     assert "`env.num_workers=1 env.num_envs=16 trainer.progress_bar=false " in page
     assert (study.RESULTS / "made_up.png").stat().st_size > 1000
     assert (study.RESULTS / "made_up.md").read_text() == page
@@ -116,6 +116,12 @@ def test_a_page_that_shows_no_refinement(made_up):
     assert "NOT above teacher (60.0), NOT above imitation alone (90.0)" in study.page(
         "made_up"
     )
+
+
+def test_a_page_of_one_seed_claims_nothing(made_up):
+    enter("rpd", 0, 0.9)
+    enter("imitation", 0, 0.5)
+    assert "RPD 90.0: one seed so far, which has no interval." in study.page("made_up")
 
 
 def test_the_committed_results_are_of_these_settings():

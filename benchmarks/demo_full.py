@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks.machine import machine
 from examples.demo import DEMO, REPOSITORY, RESULTS, Arm, final_seeds, make_env, train
+from examples.report import interval
 from torchrl_rpd import set_learner_threads
 from torchrl_rpd.evaluation import Estimate, evaluate
 from torchrl_rpd.teachers import ScriptedTeacher
@@ -148,23 +149,10 @@ def save(results: dict[str, Any]) -> None:
     partial.replace(RESULTS)
 
 
-def student_t(n: int) -> float:
-    """97.5 % point of Student's t with ``n - 1`` degrees of freedom."""
-    points = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
-    if n not in points:
-        raise ValueError(f"No interval for {n} seeds; use one of {sorted(points)}.")
-    return points[n]
-
-
 def across_seeds(values: list[float]) -> str:
     """Mean over the seeds and the t interval of the mean."""
-    n = len(values)
-    mean = sum(values) / n
-    if n == 1:
-        return f"{mean:.3f}"
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = student_t(n) * spread / math.sqrt(n)
-    return f"{mean:.3f} [{max(0.0, mean - half):.3f}, {min(1.0, mean + half):.3f}]"
+    mean, low, high = interval(values)
+    return f"{mean:.3f}" if math.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def last_quarter(run: dict[str, Any]) -> float:

@@ -97,19 +97,20 @@ def save(group: str, results: dict[str, Any]) -> None:
     partial.replace(file_of(group))
 
 
-def is_done(job: Job) -> bool:
-    """Whether this very command is in the results."""
-    run = load(job.group)["runs"].get(job.name)
-    return run is not None and run["overrides"] == job.overrides
-
-
 def todo(groups: list[str], seeds: list[int] | None) -> list[Job]:
     """What is missing, all arms of a seed before the next seed."""
     jobs = []
     for name in groups:
+        done = load(name)["runs"]
         chosen = GROUPS[name].seeds if seeds is None else seeds
-        jobs += [Job(name, arm, seed) for seed in chosen for arm in GROUPS[name].arms]
-    return [job for job in jobs if not is_done(job)]
+        wanted = [Job(name, arm, seed) for seed in chosen for arm in GROUPS[name].arms]
+        # What was run with other settings does not count.
+        jobs += [
+            job
+            for job in wanted
+            if done.get(job.name, {}).get("overrides") != job.overrides
+        ]
+    return jobs
 
 
 _lock = threading.Lock()

@@ -189,7 +189,7 @@ class TestStatistics:
         data = pytest.importorskip("torchrl_rpd.data._buffer")
         actions = demonstrations(40)["action"]
         found = action_statistics(actions)["action"]
-        assert {k: v for k, v in found.items() if k != "mask"} == data._spread(actions)
+        assert {k: v for k, v in found.items() if k != "mask"} == data.spread(actions)
 
     def test_refused(self):
         empty = TensorDictReplayBuffer(storage=LazyTensorStorage(4), batch_size=2)

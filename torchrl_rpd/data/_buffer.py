@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl._utils import logger
@@ -32,6 +31,7 @@ from torchrl.data.vla import (
 from torchrl.envs.transforms import ActionChunkTransform
 
 from torchrl_rpd.data._hdf5 import BrokenEpisode
+from torchrl_rpd.data._spread import spread
 from torchrl_rpd.data.instructions import InstructionTransform
 
 _SKIPPED_TOLD = 3
@@ -155,9 +155,9 @@ class Demos(TensorDictReplayBuffer):
         )
         if transform is not None:
             self.append_transform(transform)
-        actions = self._rows(0, self._starts[-1]).get(ACTION_KEY)
+        self._actions = spread(self._rows(0, self._starts[-1]).get(ACTION_KEY))
         #: TorchRL's record of the data set: action statistics, cameras, control rate.
-        self.metadata: RobotDatasetMetadata = _metadata(actions, metadata)
+        self.metadata: RobotDatasetMetadata = _metadata(self._actions, metadata)
 
     @property
     def skipped_by_reason(self) -> dict[str, int]:
@@ -187,13 +187,12 @@ class Demos(TensorDictReplayBuffer):
             models leave as it is; ``num_transitions`` and ``num_trajectories``.
         """
         rows = self._rows(0, self._starts[-1])
-        action = rows.get(ACTION_KEY)
-        numbers: dict[str, Any] = {"action": _spread(action)}
-        dims = action.shape[-1]
+        numbers: dict[str, Any] = {"action": dict(self._actions)}
+        dims = len(self._actions["mean"])
         numbers["action"]["mask"] = [True] * (dims - 1) + [dims != 7]
         state = rows.get(STATE_KEY, None)
         if state is not None:
-            numbers["proprio"] = _spread(state)
+            numbers["proprio"] = spread(state)
         numbers["num_transitions"] = self._starts[-1]
         numbers["num_trajectories"] = len(self.episodes)
         return numbers
@@ -298,24 +297,11 @@ def _check_alike(
             )
 
 
-def _spread(values: torch.Tensor) -> dict[str, list[float]]:
-    # NumPy: torch.quantile takes no more than 16 million numbers.
-    numbers = values.double().numpy()
-    low, high = np.quantile(numbers, [0.01, 0.99], axis=0)
-    return {
-        "mean": numbers.mean(0).tolist(),
-        "std": numbers.std(0).tolist(),
-        "min": numbers.min(0).tolist(),
-        "max": numbers.max(0).tolist(),
-        "q01": low.tolist(),
-        "q99": high.tolist(),
-    }
-
-
-def _metadata(actions: torch.Tensor, known: dict[str, Any]) -> RobotDatasetMetadata:
-    numbers = _spread(actions)
+def _metadata(
+    numbers: dict[str, list[float]], known: dict[str, Any]
+) -> RobotDatasetMetadata:
     return RobotDatasetMetadata(
-        action_dim=actions.shape[-1],
+        action_dim=len(numbers["mean"]),
         action_mean=torch.tensor(numbers["mean"]),
         action_std=torch.tensor(numbers["std"]),
         action_low=torch.tensor(numbers["min"]),

@@ -24,11 +24,10 @@ from torchrl_rpd.teachers._hub import resolve_checkpoint
 from torchrl_rpd.teachers._images import read_images
 from torchrl_rpd.teachers._instructions import read_instructions
 from torchrl_rpd.teachers.openvla import OpenVLATeacher
-from torchrl_rpd.teachers.openvla._checkpoint import load_weights
 from torchrl_rpd.teachers.openvla._config import read_config
-from torchrl_rpd.teachers.openvla._model import NUM_BINS, OpenVLAModel
-from torchrl_rpd.teachers.openvla._prompt import Prompts
-from torchrl_rpd.teachers.openvla._vision import NUM_PATCHES, unused_tensors
+from torchrl_rpd.teachers.openvla._load import load_parts
+from torchrl_rpd.teachers.openvla._model import NUM_BINS
+from torchrl_rpd.teachers.openvla._vision import NUM_PATCHES
 
 
 def load_openvla(
@@ -85,23 +84,13 @@ def load_openvla(
         local_files_only=local_files_only,
     )
     config = read_config(folder, Path(path).name)
-    prompts = Prompts(
-        folder / "tokenizer.json",
-        bos_token_id=config.llama["bos_token_id"],
-        pad_token_id=config.llama["pad_token_id"],
-        most_tokens=config.llama["max_position_embeddings"]
-        - NUM_PATCHES
-        - len(action["q01"]),
-    )
     device = torch.device(device)
-    with torch.device("meta"):
-        model = OpenVLAModel(config)
-    load_weights(
-        model,
+    model, prompts = load_parts(
         folder,
+        config,
+        action_dim=len(action["q01"]),
+        dtype=dtype,
         device=device,
-        dtype=getattr(torch, config.dtype) if dtype is None else dtype,
-        unused=unused_tensors(config.towers),
     )
     teacher = OpenVLATeacher(model, prompts, action, config=config, **kwargs)
     return teacher.requires_grad_(trainable).eval().to(device)

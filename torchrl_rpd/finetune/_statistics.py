@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.data.vla.schema import ACTION_KEY
+
+from torchrl_rpd.data._spread import spread
 
 
 def action_statistics(
@@ -59,25 +60,16 @@ def action_statistics(
     """
     if isinstance(actions, ReplayBuffer):
         actions = _stored(actions, action_key)
-    values = actions.detach().cpu().reshape(-1, actions.shape[-1]).double().numpy()
-    if not values.size:
+    values = actions.detach().cpu().reshape(-1, actions.shape[-1])
+    if not values.numel():
         raise ValueError("There are no actions: the replay buffer is empty.")
-    if not np.isfinite(values).all():
+    if not values.isfinite().all():
         raise ValueError("Some of the demonstrated actions are NaN or infinite.")
     size = values.shape[-1]
     mask = [True] * (size - 1) + [False] if mask is None else [bool(m) for m in mask]
     if len(mask) != size:
         raise ValueError(f"mask has {len(mask)} entries for {size} action dimensions.")
-    low, high = np.quantile(values, [0.01, 0.99], axis=0)
-    columns = {
-        "mean": values.mean(0),
-        "std": values.std(0),
-        "min": values.min(0),
-        "max": values.max(0),
-        "q01": low,
-        "q99": high,
-    }
-    action = {**{name: c.tolist() for name, c in columns.items()}, "mask": mask}
+    action = {**spread(values), "mask": mask}
     return {"action": action, "num_transitions": len(values)}
 
 

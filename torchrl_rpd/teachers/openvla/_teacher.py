@@ -23,15 +23,13 @@ from torchrl_rpd.teachers._images import read_images
 from torchrl_rpd.teachers._instructions import read_instructions
 from torchrl_rpd.teachers._resize import PILResize
 from torchrl_rpd.teachers.openvla._actions import ActionDecoder, choose_statistics
-from torchrl_rpd.teachers.openvla._checkpoint import load_weights
 from torchrl_rpd.teachers.openvla._config import OpenVLAConfig, read_config
 from torchrl_rpd.teachers.openvla._graphs import GraphedDecode
+from torchrl_rpd.teachers.openvla._load import load_parts
 from torchrl_rpd.teachers.openvla._model import NUM_BINS, Decoded, OpenVLAModel
 from torchrl_rpd.teachers.openvla._prompt import Prompts
 from torchrl_rpd.teachers.openvla._vision import (
     IMAGE_SIZE,
-    NUM_PATCHES,
-    unused_tensors,
 )
 
 _FILES = ("*.json", "*.safetensors")
@@ -251,23 +249,13 @@ class OpenVLATeacher(VLAWrapperBase):
         )
         config = read_config(folder, Path(path).name)
         _, statistics = choose_statistics(config.norm_stats, unnorm_key, str(path))
-        prompts = Prompts(
-            folder / "tokenizer.json",
-            bos_token_id=config.llama["bos_token_id"],
-            pad_token_id=config.llama["pad_token_id"],
-            most_tokens=config.llama["max_position_embeddings"]
-            - NUM_PATCHES
-            - len(statistics["q01"]),
-        )
         device = torch.device(device)
-        with torch.device("meta"):
-            model = OpenVLAModel(config)
-        load_weights(
-            model,
+        model, prompts = load_parts(
             folder,
+            config,
+            action_dim=len(statistics["q01"]),
+            dtype=dtype,
             device=device,
-            dtype=getattr(torch, config.dtype) if dtype is None else dtype,
-            unused=unused_tensors(config.towers),
         )
         teacher = cls(
             model,

@@ -13,6 +13,7 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 from torchrl.objectives import BCLoss
 
+from torchrl_rpd.envs import TASKS
 from torchrl_rpd.teachers import PocketVLATeacher, check_teacher, pocket
 from torchrl_rpd.teachers.pocket import POCKET_INSTRUCTIONS, PocketVLA
 
@@ -169,6 +170,11 @@ class TestShipped:
             assert words in teacher.metadata["instructions"]
             answers.append(td[CHUNK])
         assert not torch.equal(answers[1], answers[2])
+
+    def test_told_what_the_task_table_says(self):
+        # Teachers do not import environments: the texts stand in both places.
+        table = {task: TASKS[task].instruction for task in POCKET_INSTRUCTIONS}
+        assert table == POCKET_INSTRUCTIONS
 
     def test_another_task(self):
         with pytest.raises(ValueError, match="was not trained on 'PushT-v1'"):

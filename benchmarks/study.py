@@ -164,32 +164,40 @@ def config_of(overrides: list[str]) -> dict[str, str]:
 
 
 def verdict(arms: list[Any]) -> list[str]:
-    """RPD's lower bound against the teacher and imitation alone, in one sentence."""
-    by_algo = {arm.algo: arm for arm in arms}
-    if "rpd" not in by_algo:
-        return []
-    mean, low, _ = interval([run.success for run in by_algo["rpd"].runs])
-    if math.isnan(low):
-        return [f"RPD {percent(mean)}: one seed so far, which has no interval.", ""]
+    """Each RPD arm's lower bound against teacher and controls, in one sentence."""
     others = {}
     if teachers := teachers_of(arms):
         others["teacher"] = [t["mean"] for t in teachers.values()]
     for algo, name in (("imitation", "imitation alone"), ("ppo", "PPO alone")):
-        if algo in by_algo:
-            others[name] = [run.success for run in by_algo[algo].runs]
+        # Of several, the one with the most steps.
+        controls = sorted(
+            (arm for arm in arms if arm.algo == algo), key=lambda a: a.end
+        )
+        if controls:
+            others[name] = [run.success for run in controls[-1].runs]
+    return [
+        line
+        for arm in arms
+        if arm.algo not in ("imitation", "ppo")
+        for line in (f"{arm.name} {_against(arm, others)}", "")
+    ]
+
+
+def _against(arm: Any, others: dict[str, list[float]]) -> str:
+    mean, low, _ = interval([run.success for run in arm.runs])
+    if math.isnan(low):
+        return f"{percent(mean)}: one seed so far, which has no interval."
     beside = ", ".join(
         f"{'above' if low > interval(values)[0] else 'NOT above'} {name} "
         f"({percent(interval(values)[0])})"
         for name, values in others.items()
     )
-    stats = [run.results["teacher_stats"] for run in by_algo["rpd"].runs]
-    frames = sum(run.results["frames"] for run in by_algo["rpd"].runs)
-    share = sum(s["queries"] for s in stats) / frames
-    return [
-        f"RPD {percent(mean)}, lower bound {percent(low)}: {beside}. Queries of the "
-        f"teacher: {percent(share)} % of the frames.",
-        "",
-    ]
+    queries = sum(run.results["teacher_stats"]["queries"] for run in arm.runs)
+    share = queries / sum(run.results["frames"] for run in arm.runs)
+    return (
+        f"{percent(mean)}, lower bound {percent(low)}: {beside}. Queries of the "
+        f"teacher: {percent(share)} % of the frames."
+    )
 
 
 def page(group: str) -> str:

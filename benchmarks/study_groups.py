@@ -32,6 +32,8 @@ class Group:
 
 
 _BEST = "task=pick_cube reward=sparse preset=best frames=200000"
+# The sparse arm of examples/demo.py, minutes per run.
+_SHORT = "task=pick_cube reward=sparse preset=cpu frames=80000"
 
 
 def _best(flaw: str, title: str, seeds: tuple[int, ...] = THREE) -> Group:
@@ -43,13 +45,25 @@ def _best(flaw: str, title: str, seeds: tuple[int, ...] = THREE) -> Group:
     )
 
 
-def _task(task: str, reward: str, more: str) -> Group:
+def _task(task: str, reward: str, settings: str, teacher: str) -> Group:
+    """Settings tuned on PickCube-v1, a teacher that succeeds in about a half."""
     return Group(
         f"{task}, {reward} reward",
-        f"task={task} reward={reward} {more}",
+        f"task={task} reward={reward} {settings} {teacher}",
         CONTROLS,
     )
 
+
+_DENSE = "preset=cpu frames=100000"
+_SPARSE = "preset=best frames=200000"
+# Where each of them sees the cube, drawn per episode; the PickCube one is the default.
+_PUSH = "flaw=cube_per_episode teacher.cube_offset_std=0.03"
+_PULL = "flaw=cube_per_episode teacher.cube_offset_std=0.04"
+_STACK = "flaw=cube_per_episode teacher.cube_offset_std=0.016"
+
+# The teacher's success rate with flaw=goal, of benchmarks/results/demo_full.md.
+_RATIO = "schedule.teacher_score=0.28 schedule.score_key=success"
+_SWITCH = "schedule.switch_off_score=0.5 schedule.score_key=success"
 
 GROUPS: dict[str, Group] = {
     "best_cube_per_episode": _best(
@@ -64,5 +78,46 @@ GROUPS: dict[str, Group] = {
         "preset=best, PickCube-v1, sparse reward: PPO alone",
         f"{_BEST} flaw=none",
         {"ppo": "algo=ppo"},
+    ),
+    "push_cube_dense": _task("push_cube", "dense", _DENSE, _PUSH),
+    "push_cube_sparse": _task("push_cube", "sparse", _SPARSE, _PUSH),
+    "pull_cube_dense": _task("pull_cube", "dense", _DENSE, _PULL),
+    "pull_cube_sparse": _task("pull_cube", "sparse", _SPARSE, _PULL),
+    "stack_cube_dense": _task("stack_cube", "dense", _DENSE, _STACK),
+    "stack_cube_sparse": _task("stack_cube", "sparse", _SPARSE, _STACK),
+    # The tool lies in the way and helps nobody.
+    "hold_out": _task(
+        "pull_cube_tool_distractor",
+        "sparse",
+        _SPARSE,
+        "flaw=jitter teacher.jitter=0.7",
+    ),
+    "pick_cube_dense": Group(
+        "PickCube-v1, dense reward, and PPO alone with five times the steps",
+        "task=pick_cube reward=dense preset=cpu frames=100000 flaw=cube_per_episode",
+        {**CONTROLS, "ppo_five_times": "algo=ppo frames=500000"},
+    ),
+    "losses": Group(
+        "PickCube-v1, sparse reward: the distance to the teacher's action",
+        f"{_SHORT} flaw=goal",
+        {
+            "mse": "loss.distill_type=mse",
+            "l1": "loss.distill_type=l1",
+            "smooth_l1": "loss.distill_type=smooth_l1",
+            "cosine": "loss.distill_type=cosine",
+            "bc": "loss.distill_type=bc",
+        },
+    ),
+    "schedules": Group(
+        "PickCube-v1, sparse reward: how the coefficient falls",
+        f"{_SHORT} flaw=goal",
+        {
+            "constant_1": "schedule=constant schedule.init=1",
+            "linear_to_half": "schedule=linear",
+            "linear_to_zero": "schedule=linear schedule.end=0",
+            "return_ratio": f"schedule=return_ratio {_RATIO}",
+            "switch_off": f"schedule=constant {_SWITCH}",
+            "vlajs": "algo=vlajs",
+        },
     ),
 }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         TargetKLStepperConfig,
     )
     from torchrl_rpd.configs.jump_start import (
+        CompetenceMaskConfig,
         JumpStartScheduleConfig,
         JumpStartTransformConfig,
     )
@@ -68,7 +69,11 @@ _MODULES = {
         "SyncPolicyConfig",
         "TargetKLStepperConfig",
     ),
-    "jump_start": ("JumpStartScheduleConfig", "JumpStartTransformConfig"),
+    "jump_start": (
+        "CompetenceMaskConfig",
+        "JumpStartScheduleConfig",
+        "JumpStartTransformConfig",
+    ),
     "nodes": ("NODES", "register"),
     "objectives": (
         "DistillKLPENPPOLossConfig",
@@ -92,6 +97,7 @@ __all__ = [
     "NODES",
     "CNNStudentConfig",
     "CheckpointHookConfig",
+    "CompetenceMaskConfig",
     "DistillCoeffScheduleConfig",
     "DistillKLPENPPOLossConfig",
     "DistillPPOLossConfig",

@@ -5,6 +5,7 @@
 """Hooks for TorchRL's own trainer."""
 
 from torchrl_rpd.trainers.checkpointing import CheckpointHook
+from torchrl_rpd.trainers.competence import CompetenceMask
 from torchrl_rpd.trainers.guard import NonFiniteError, NumericalGuard
 from torchrl_rpd.trainers.hooks import (
     EvaluationHook,
@@ -24,6 +25,7 @@ from torchrl_rpd.trainers.target_kl import TargetKLStepper
 
 __all__ = [
     "CheckpointHook",
+    "CompetenceMask",
     "DistillCoeffSchedule",
     "EvaluationHook",
     "JumpStartSchedule",

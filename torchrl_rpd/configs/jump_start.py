@@ -11,7 +11,6 @@ from typing import Any
 
 from omegaconf import MISSING
 from torchrl.trainers import TrainerHookBase
-from torchrl.trainers.algorithms.configs.common import ConfigBase
 from torchrl.trainers.algorithms.configs.hooks import HookConfig
 from torchrl.trainers.algorithms.configs.transforms import TransformConfig
 
@@ -83,7 +82,7 @@ def make_jump_start_schedule(
 
 
 @dataclass
-class CompetenceMaskConfig(ConfigBase):
+class CompetenceMaskConfig(HookConfig):
     """Hydra configuration for :class:`~torchrl_rpd.trainers.CompetenceMask`.
 
     Examples:

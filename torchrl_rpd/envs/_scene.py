@@ -95,7 +95,7 @@ def adapted_class(task_class: Any) -> type:
                 configs[uid] = _changed(first, CAMERA_VIEWS[name], uid)
             return configs
 
-        def _setup_sensors(self, options: dict) -> None:
+        def _setup_sensors(self, options: dict[str, Any]) -> None:
             super()._setup_sensors(options)
             if self._changes.sensors is not None:
                 cameras = Cameras.of(self)

@@ -27,6 +27,7 @@ from torchrl_rpd.envs._rendering import choose_render_backend
 from torchrl_rpd.envs._scene import TEACHER_CAMERA, SceneChanges
 from torchrl_rpd.envs._unwrap import require_mani_skill
 from torchrl_rpd.envs._views import CameraArgument, ObsMode
+from torchrl_rpd.envs._workers import in_worker
 from torchrl_rpd.envs.cameras import CAMERA_VIEWS
 from torchrl_rpd.envs.tasks import TASKS
 from torchrl_rpd.envs.wrapper import ManiSkillWrapper
@@ -47,7 +48,7 @@ class _ManiSkillEnvMeta(_EnvPostInit):
         # while it waits for the simulators.
         return ParallelEnv(
             num_workers,
-            partial(cls, *args, **kwargs),
+            partial(in_worker, cls, *args, **kwargs),
             use_buffers=False,
             metadata_from_workers=True,
             num_threads=max(1, available_cpus() - num_workers),

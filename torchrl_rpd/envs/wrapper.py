@@ -180,7 +180,7 @@ class ManiSkillWrapper(_EnvWrapper):
             **kwargs,
         )
 
-    def _check_kwargs(self, kwargs: dict) -> None:
+    def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
         unknown = set(kwargs) - {"env"}
         if unknown:
             raise TypeError(f"Unexpected arguments: {sorted(unknown)}.")
@@ -350,7 +350,7 @@ class ManiSkillWrapper(_EnvWrapper):
         if seed is not None:
             self._seeds.restart(seed)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> OrderedDict:
+    def state_dict(self, *args: Any, **kwargs: Any) -> OrderedDict[str, Any]:
         """The state of the seed streams; episodes under way are not part of it."""
         return OrderedDict(episode_seeds=self._seeds.state_dict())
 

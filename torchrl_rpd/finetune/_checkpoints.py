@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
 from torchrl.data import ReplayBuffer
 
 from torchrl_rpd.trainers._fingerprint import differences, fingerprint
-from torchrl_rpd.trainers.checkpointing import _LEFTOVERS, _WeightsOnly
+from torchrl_rpd.trainers._newest import explained, load_newest, remove_leftovers
+from torchrl_rpd.trainers.checkpointing import _WeightsOnly
 
 
 class FinetuneCheckpoints:
@@ -102,9 +102,12 @@ class FinetuneCheckpoints:
 
     def save(self, step: int) -> Path:
         """Writes a checkpoint after ``step`` steps."""
-        path: Path = self._rotation.save(
-            self._checkpoint, step=step, metadata={"config": self.config, "step": step}
-        )
+        with explained(self._rotation, step):
+            path: Path = self._rotation.save(
+                self._checkpoint,
+                step=step,
+                metadata={"config": self.config, "step": step},
+            )
         return path
 
     def resume(self) -> int:
@@ -112,13 +115,15 @@ class FinetuneCheckpoints:
 
         Raises:
             ValueError: if the checkpoint is of another configuration.
+            CheckpointError: if there are checkpoints and none can be read.
         """
-        for kind in _LEFTOVERS:
-            for part in self._rotation.directory.glob(f".checkpoint-*.{kind}-*"):
-                shutil.rmtree(part, ignore_errors=True)
-        path = self._rotation.latest()
+        remove_leftovers(self._rotation)
+        path = load_newest(self._rotation, self._load)
         if path is None:
             return 0
+        return int(Checkpoint.manifest(path)["metadata"]["step"])
+
+    def _load(self, path: Path) -> None:
         metadata = Checkpoint.manifest(path)["metadata"]
         lines = differences(metadata.get("config", {}), self.config)
         if lines:
@@ -129,7 +134,6 @@ class FinetuneCheckpoints:
             )
         # To the CPU first: optimisers move their state to where their parameters are.
         self._checkpoint.load(path, map_location="cpu")
-        return int(metadata["step"])
 
 
 class _Trained:

@@ -177,7 +177,9 @@ class DistillMixin(PPOLoss):
             self._distill_out = None
         return td_out
 
-    def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> tuple:
+    def _log_weight(
+        self, tensordict: TensorDictBase, adv_shape: torch.Size
+    ) -> tuple[Any, ...]:
         # The one place that sees the student's distribution of this call and that all
         # PPO losses share. The length of the tuple differs between TorchRL versions.
         out = super()._log_weight(tensordict, adv_shape)

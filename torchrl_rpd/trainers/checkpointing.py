@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -32,13 +31,11 @@ from torchrl_rpd.trainers._episodes import (
     warn_without_streams,
 )
 from torchrl_rpd.trainers._fingerprint import differences, fingerprint
+from torchrl_rpd.trainers._newest import explained, load_newest, remove_leftovers
 
 # Saved elsewhere (the policy's weights are the loss's), of no use after its batch, and
 # belonging to the process (its log goes on by itself).
 _NOT_SAVED = frozenset({"policy", "replay_buffer", "logger"})
-
-# What a write that was interrupted leaves behind.
-_LEFTOVERS = ("stage", "backup", "delete")
 
 
 class CheckpointHook(TrainerHookBase):
@@ -68,7 +65,9 @@ class CheckpointHook(TrainerHookBase):
     TorchRL's :class:`~torchrl.checkpoint.Checkpoint` and ``CheckpointRotation`` write the
     files: under another name first, so that an interrupted write leaves the last
     checkpoint alone. They hold tensors and plain values, read with
-    ``torch.load(weights_only=True)``, and JSON: reading one runs no code from it.
+    ``torch.load(weights_only=True)``, and JSON: reading one runs no code from it. One
+    that cannot be read (cut off, edited) is passed over with a warning, and the run goes
+    on from the one before.
 
     Args:
         directory (path): of this run alone.
@@ -89,6 +88,9 @@ class CheckpointHook(TrainerHookBase):
             configuration holds something that JSON does not know.
         ValueError: for ``every`` under 1, if the trainer saves checkpoints already, and,
             on resuming, if the checkpoint is of another configuration or other hooks.
+        CheckpointError: on resuming, if there are checkpoints and none can be read.
+        OSError: during training, if a checkpoint cannot be written: with a disk that is
+            full, the last one stays as it is.
 
     Examples:
         >>> import tempfile
@@ -203,18 +205,21 @@ class CheckpointHook(TrainerHookBase):
 
         Raises:
             ValueError: if the checkpoint is of another configuration or other hooks.
+            CheckpointError: if there are checkpoints and none can be read.
         """
         if self._resumed is None:
-            self._remove_leftovers()
-            path = self.latest()
+            remove_leftovers(self._rotation)
+            path = load_newest(self._rotation, self._check_and_load)
             self._resumed = path is not None
             if path is not None:
-                self._check(path)
-                self._go_on_from(path)
                 torchrl_logger.info(
                     "Resumed at %d frames from %s", self._trainer.collected_frames, path
                 )
         return self._resumed
+
+    def _check_and_load(self, path: Path) -> None:
+        self._check(path)
+        self._go_on_from(path)
 
     def _check(self, path: Path) -> None:
         manifest = Checkpoint.manifest(path)
@@ -242,12 +247,6 @@ class CheckpointHook(TrainerHookBase):
         # There is none of a run that was complete: nothing is left to collect.
         if self._loaded["episodes"] is not None:
             restart_episodes(trainer.collector, self._loaded["episodes"])
-
-    def _remove_leftovers(self) -> None:
-        for kind in _LEFTOVERS:
-            pattern = f".{self._rotation.prefix}-*.{kind}-*"
-            for path in self._rotation.directory.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
 
     # ------------------------------------------------------------------ signals
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -283,9 +282,10 @@ class _Rotation(CheckpointRotation):
         self._when_saved = saved
 
     def save(self, checkpoint: Checkpoint, **kwargs: Any) -> Path:
-        path: Path = super().save(
-            checkpoint, components=_components(checkpoint), **kwargs
-        )
+        with explained(self, kwargs["step"]):
+            path: Path = super().save(
+                checkpoint, components=_components(checkpoint), **kwargs
+            )
         self._when_saved(path)
         return path
 

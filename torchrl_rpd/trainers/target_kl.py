@@ -142,7 +142,9 @@ class TargetKLStepper(DefaultOptimizationStepper):
             return key in self.loss_components
         return key.startswith("loss_")
 
-    def _bounds(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, float]]:
+    def _bounds(
+        self, optimizer: torch.optim.Optimizer
+    ) -> Iterator[tuple[dict[str, Any], float]]:
         groups = optimizer.param_groups
         if self._max_lrs is None:
             self._max_lrs = [group["lr"] for group in groups]

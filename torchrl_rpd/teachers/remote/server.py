@@ -355,7 +355,7 @@ class TeacherServer:
         self._batcher.sources = max(1, self._counts["connections"])
         self._batcher.poke()
 
-    async def _read(self, socket: Any, asked: asyncio.Queue, slots: Any) -> None:
+    async def _read(self, socket: Any, asked: asyncio.Queue[Any], slots: Any) -> None:
         from websockets.exceptions import ConnectionClosed
 
         with contextlib.suppress(ConnectionClosed):
@@ -364,7 +364,7 @@ class TeacherServer:
                 message = await socket.recv()
                 asked.put_nowait(self._accept(message, socket))
 
-    async def _write(self, socket: Any, asked: asyncio.Queue, slots: Any) -> None:
+    async def _write(self, socket: Any, asked: asyncio.Queue[Any], slots: Any) -> None:
         from websockets.exceptions import ConnectionClosed
 
         with contextlib.suppress(ConnectionClosed):

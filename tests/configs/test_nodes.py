@@ -131,7 +131,6 @@ PAIRS = [
         [trainers.ObservationNormUpdate.__init__],
         filled={"norm"},
     ),
-    Pair("CompetenceMaskConfig", [trainers.CompetenceMask.__init__]),
     Pair("CheckpointHookConfig", [trainers.CheckpointHook.__init__]),
     Pair("TargetKLStepperConfig", [trainers.TargetKLStepper.__init__]),
     Pair("OnPolicyMinibatchesConfig", [trainers.OnPolicyMinibatches.__init__]),

@@ -198,42 +198,5 @@ class TestRefusals:
         assert torch.equal(JumpStartTransform().inv(td)["action"], td["action"])
 
 
-def test_whole_episodes_come_first():
-    # 10 over 4 rows: 3 each. Afterwards fraction counts.
-    env = make(JumpStartTransform(fraction=0.0, whole_episodes=10), num_envs=4)
-    rollout = env.rollout(40, break_when_any_done=False)
-    whole = torch.arange(40).expand(4, 40) < 3 * 8
-    assert torch.equal(by_episode(rollout).flatten(1), whole)
-    assert torch.equal(rollout["teacher_episode"].squeeze(-1), whole)
-    moved = rollout["next", "observation"] - rollout["observation"]
-    within = rollout["step_count"].squeeze(-1) < 7  # a reset moves the point as well
-    taken = 0.2 * rollout["teacher_action"]
-    torch.testing.assert_close(moved[whole & within], taken[whole & within])
-
-
-def test_rows_begin_their_own_whole_episodes():
-    env = make(JumpStartTransform(fraction=0.0, whole_episodes=4), num_envs=2)
-    td = env.reset()
-    for _ in range(2):  # the first row starts anew, and has had its two
-        td["_reset"] = torch.tensor([[True], [False]])
-        td = env.reset(td)
-    assert td["teacher_episode"].flatten().tolist() == [False, True]
-    assert td["jump_start"].flatten().tolist() == [False, True]
-
-
-def test_whole_episodes_go_on_from_a_state():
-    jump = JumpStartTransform(fraction=0.0, whole_episodes=2)
-    env = make(jump, num_envs=2)
-    env.rollout(12, break_when_any_done=False)
-    other = JumpStartTransform(fraction=0.0, whole_episodes=2)
-    other.load_state_dict(jump.state_dict())
-    assert not make(other, num_envs=2).reset()["teacher_episode"].any()
-
-
-def test_negative_whole_episodes():
-    with pytest.raises(ValueError, match="whole_episodes"):
-        JumpStartTransform(whole_episodes=-1)
-
-
 if __name__ == "__main__":
     pytest.main([__file__])

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         TargetKLStepperConfig,
     )
     from torchrl_rpd.configs.jump_start import (
-        CompetenceMaskConfig,
         JumpStartScheduleConfig,
         JumpStartTransformConfig,
     )
@@ -69,11 +68,7 @@ _MODULES = {
         "SyncPolicyConfig",
         "TargetKLStepperConfig",
     ),
-    "jump_start": (
-        "CompetenceMaskConfig",
-        "JumpStartScheduleConfig",
-        "JumpStartTransformConfig",
-    ),
+    "jump_start": ("JumpStartScheduleConfig", "JumpStartTransformConfig"),
     "nodes": ("NODES", "register"),
     "objectives": (
         "DistillKLPENPPOLossConfig",
@@ -97,7 +92,6 @@ __all__ = [
     "NODES",
     "CNNStudentConfig",
     "CheckpointHookConfig",
-    "CompetenceMaskConfig",
     "DistillCoeffScheduleConfig",
     "DistillKLPENPPOLossConfig",
     "DistillPPOLossConfig",

@@ -26,7 +26,6 @@ from torchrl_rpd.configs.hooks import (
     TargetKLStepperConfig,
 )
 from torchrl_rpd.configs.jump_start import (
-    CompetenceMaskConfig,
     JumpStartScheduleConfig,
     JumpStartTransformConfig,
 )
@@ -77,7 +76,6 @@ NODES = (
     Node("hook", "log_episodes", LogEpisodesConfig),
     Node("hook", "log_teacher", LogTeacherConfig),
     Node("hook", "jump_start_schedule", JumpStartScheduleConfig),
-    Node("hook", "competence_mask", CompetenceMaskConfig),
     Node("hook", "evaluation", EvaluationHookConfig),
     Node("hook", "numerical_guard", NumericalGuardConfig),
     Node("hook", "observation_norm_update", ObservationNormUpdateConfig),

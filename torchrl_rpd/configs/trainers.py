@@ -24,7 +24,6 @@ from torchrl_rpd.configs._late import LateHook
 from torchrl_rpd.configs._plain import with_keys
 from torchrl_rpd.students import ActorCritic
 from torchrl_rpd.trainers import (
-    CompetenceMask,
     EvaluationHook,
     ObservationNormUpdate,
     OwnStepsAdvantage,
@@ -71,7 +70,6 @@ class RPDTrainerConfig(TrainerConfig):
     minibatch_size: int = MISSING
     transforms: list[Any] = field(default_factory=list)
     jump_start: Any = None
-    competence: Any = None
     schedule: Any = None
     hooks: list[Any] = field(default_factory=list)
     seed: int | None = None
@@ -146,7 +144,6 @@ def make_rpd_trainer(
     collector: Callable[..., BaseCollector] | None = None,
     transforms: Sequence[Any] = (),
     jump_start: JumpStartTransform | None = None,
-    competence: Callable[..., CompetenceMask] | None = None,
     schedule: TrainerHookBase | None = None,
     hooks: Sequence[TrainerHookBase] = (),
     seed: int | None = None,
@@ -184,8 +181,6 @@ def make_rpd_trainer(
         jump_start (JumpStartTransform, optional): goes before the teacher's transform;
             the advantage estimator is then wrapped in
             :class:`~torchrl_rpd.trainers.OwnStepsAdvantage`. Default: none.
-        competence: a function of ``gae`` that builds a
-            :class:`~torchrl_rpd.trainers.CompetenceMask`. Default: none.
         schedule: hook of the distillation coefficient. Default: none, it is constant.
         hooks (sequence of TrainerHookBase): registered in this order, after the schedule
             and the update of the student's observation statistics.
@@ -258,8 +253,6 @@ def make_rpd_trainer(
             jump_start_key=jump_start.jump_start_key,
             teacher_mask_key=jump_start.teacher_mask_key,
         )
-    if competence is not None:
-        advantages = competence(gae=advantages)
     adam = optimizer(loss.parameters())
     num_envs = max(1, whole.batch_size.numel())
     kwargs = with_keys(kwargs, single=_KEYS)
@@ -290,8 +283,6 @@ def make_rpd_trainer(
         key = student.actor.in_keys[0]
         norm = ObservationNormUpdate(student.observation_norm, observation_key=key)
         registered.append(norm)
-    if competence is not None:
-        registered.append(advantages)
     registered += hooks
     for hook in registered:
         hook.register(trainer)

@@ -5,7 +5,6 @@
 """Hooks for TorchRL's own trainer."""
 
 from torchrl_rpd.trainers.checkpointing import CheckpointHook
-from torchrl_rpd.trainers.competence import CompetenceMask
 from torchrl_rpd.trainers.guard import NonFiniteError, NumericalGuard
 from torchrl_rpd.trainers.hooks import (
     EvaluationHook,
@@ -25,7 +24,6 @@ from torchrl_rpd.trainers.target_kl import TargetKLStepper
 
 __all__ = [
     "CheckpointHook",
-    "CompetenceMask",
     "DistillCoeffSchedule",
     "EvaluationHook",
     "JumpStartSchedule",

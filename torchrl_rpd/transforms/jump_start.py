@@ -15,9 +15,6 @@ from torch import Tensor
 from torchrl.data.tensor_specs import Categorical, Composite, TensorSpec
 from torchrl.envs.transforms import Transform
 
-# More steps than any episode has.
-_NO_END = torch.iinfo(torch.int64).max
-
 
 class JumpStartTransform(Transform):
     r"""Lets the teacher act for the first steps of some episodes, then the student.
@@ -41,10 +38,6 @@ class JumpStartTransform(Transform):
     well. As the teacher comes first and never again in an episode, the returns of the
     other frames are the student's own.
 
-    With ``whole_episodes``, the first episodes are the teacher's from beginning to end.
-    They show where it can do the task: see
-    :class:`~torchrl_rpd.trainers.CompetenceMask`.
-
     Place it before :class:`~torchrl_rpd.transforms.TeacherActionTransform`, which then
     asks the teacher wherever it leads, however few other frames are labelled:
     ``Compose(StepCounter(), JumpStartTransform(), TeacherActionTransform(teacher,
@@ -56,12 +49,8 @@ class JumpStartTransform(Transform):
             see :class:`~torchrl_rpd.trainers.JumpStartSchedule`. Defaults to ``0.5``.
         max_steps (int): for at most how many steps, at least 1: about as many as the
             teacher needs for the task. Defaults to ``30``.
-        whole_episodes (int): how many first episodes are the teacher's to their end, the
-            same number in each row (rounded up). Defaults to ``0``.
         jump_start_key (NestedKey): ``[*B, 1]`` bool, True where the teacher leads.
             Defaults to ``"jump_start"``.
-        teacher_episode_key (NestedKey): ``[*B, 1]`` bool, True in the first episodes
-            that are all its own. Defaults to ``"teacher_episode"``.
         action_key (NestedKey): Defaults to ``"action"``.
         teacher_action_key (NestedKey): Defaults to ``"teacher_action"``.
         teacher_mask_key (NestedKey): Defaults to ``"teacher_mask"``.
@@ -69,7 +58,7 @@ class JumpStartTransform(Transform):
             alone. Defaults to ``0``.
 
     Raises:
-        ValueError: for a ``fraction``, ``max_steps`` or ``whole_episodes`` out of range.
+        ValueError: for a ``fraction`` or ``max_steps`` out of range.
         KeyError: on stepping an env without the teacher's entries.
 
     Examples:
@@ -94,9 +83,7 @@ class JumpStartTransform(Transform):
         *,
         fraction: float = 0.5,
         max_steps: int = 30,
-        whole_episodes: int = 0,
         jump_start_key: NestedKey = "jump_start",
-        teacher_episode_key: NestedKey = "teacher_episode",
         action_key: NestedKey = "action",
         teacher_action_key: NestedKey = "teacher_action",
         teacher_mask_key: NestedKey = "teacher_mask",
@@ -104,22 +91,16 @@ class JumpStartTransform(Transform):
     ) -> None:
         if max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
-        if whole_episodes < 0:
-            raise ValueError(f"whole_episodes must not be negative: {whole_episodes}.")
         self.jump_start_key = unravel_key(jump_start_key)
-        self.teacher_episode_key = unravel_key(teacher_episode_key)
         self.action_key = unravel_key(action_key)
         self.teacher_action_key = unravel_key(teacher_action_key)
         self.teacher_mask_key = unravel_key(teacher_mask_key)
-        super().__init__(out_keys=[self.jump_start_key, self.teacher_episode_key])
+        super().__init__(out_keys=[self.jump_start_key])
         self.fraction = fraction
         self.max_steps = max_steps
-        self.whole_episodes = whole_episodes
         self._generator = torch.Generator().manual_seed(seed)
-        # How many steps of the episode are still the teacher's, and of which row how many
-        # episodes have begun, int64 [*B].
+        # How many steps of the episode are still the teacher's, int64 [*B].
         self._left: Tensor | None = None
-        self._begun: Tensor | None = None
 
     @property
     def fraction(self) -> float:
@@ -143,17 +124,11 @@ class JumpStartTransform(Transform):
         )
         drawn = torch.where(lead, steps, 0)
         reset = tensordict.get("_reset", None)
-        if self._left is None or self._begun is None:
-            self._left, self._begun = drawn, torch.zeros_like(drawn)
-            reset = None
-        rows = (
-            torch.ones(batch_size, dtype=torch.bool)
-            if reset is None
-            else reset.reshape(batch_size).cpu()
-        )
-        self._begun = self._begun + rows
-        drawn = torch.where(self._whole(), _NO_END, drawn)
-        self._left = torch.where(rows, drawn, self._left)
+        if self._left is None or reset is None:
+            self._left = drawn
+        else:
+            rows = reset.reshape(batch_size).cpu()
+            self._left = torch.where(rows, drawn, self._left)
         return self._write(tensordict_reset)
 
     def _step(
@@ -171,14 +146,7 @@ class JumpStartTransform(Transform):
     def _write(self, tensordict: TensorDictBase) -> TensorDictBase:
         assert self._left is not None
         leads = (self._left > 0).unsqueeze(-1)
-        tensordict.set(self.jump_start_key, leads.to(tensordict.device))
-        whole = self._whole().unsqueeze(-1)
-        return tensordict.set(self.teacher_episode_key, whole.to(tensordict.device))
-
-    def _whole(self) -> Tensor:
-        """Are the rows' running episodes among the first ones, all the teacher's?"""
-        assert self._begun is not None
-        return self._begun <= -(-self.whole_episodes // max(1, self._begun.numel()))
+        return tensordict.set(self.jump_start_key, leads.to(tensordict.device))
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         if self.parent is None:  # in a replay buffer: nothing acts
@@ -203,15 +171,14 @@ class JumpStartTransform(Transform):
         return tensordict.set(self.action_key, taken)
 
     def transform_observation_spec(self, observation_spec: TensorSpec) -> TensorSpec:
-        """Adds the flags."""
+        """Adds the flag."""
         assert isinstance(observation_spec, Composite)
-        for key in (self.jump_start_key, self.teacher_episode_key):
-            observation_spec[key] = Categorical(
-                2,
-                shape=(*observation_spec.shape, 1),
-                dtype=torch.bool,
-                device=observation_spec.device,
-            )
+        observation_spec[self.jump_start_key] = Categorical(
+            2,
+            shape=(*observation_spec.shape, 1),
+            dtype=torch.bool,
+            device=observation_spec.device,
+        )
         return observation_spec
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -225,7 +192,6 @@ class JumpStartTransform(Transform):
             "generator": self._generator.get_state(),
             "fraction": self.fraction,
             "left": self._left,
-            "begun": self._begun,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -233,4 +199,3 @@ class JumpStartTransform(Transform):
         self._generator.set_state(state["generator"].cpu())
         self.fraction = state["fraction"]
         self._left = state["left"]
-        self._begun = state["begun"]

@@ -81,6 +81,37 @@ def test_non_finite_labels_are_masked_and_counted() -> None:
     assert stats["queries"] == 5
 
 
+def test_no_ops_are_masked_and_counted() -> None:
+    # The last entry, the gripper's, does not count: 3-4-5 in units of 1e-4.
+    out, stats = run(
+        [
+            [0.0, 0.0, 1.0],
+            [3e-4, 4e-4, -1.0],
+            [2.9e-4, 4e-4, 0.5],
+            [NAN, 0.0, 0.0],
+            [9.0, 0.0, 0.0],
+        ],
+        low=-1.0,
+        high=1.0,
+        no_op_norm=4.99e-4,
+    )
+    assert out["teacher_mask"].flatten().tolist() == [False, True, False, False, True]
+    assert not out["teacher_action"][[0, 2, 3]].any()
+    counts = (stats["no_ops"], stats["non_finite"], stats["labelled"], stats["clipped"])
+    assert counts == (2, 1, 2, 1)
+
+
+def test_a_no_op_is_no_reason_to_raise() -> None:
+    out, stats = run([[0.0, 1.0]], no_op_norm=1e-4, on_non_finite="raise")
+    assert not out["teacher_mask"].any() and stats["no_ops"] == 1
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0])
+def test_no_op_norm_out_of_range(norm: float) -> None:
+    with pytest.raises(ValueError, match="no_op_norm"):
+        run([[0.0, 1.0]], no_op_norm=norm)
+
+
 def test_a_comparison_in_the_transform_does_not_hide_nan() -> None:
     out, stats = run(
         [[NAN], [0.7]],

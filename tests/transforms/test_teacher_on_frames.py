@@ -230,6 +230,7 @@ def test_counters() -> None:
         "labelled": 12,
         "clipped": 0,
         "non_finite": 0,
+        "no_ops": 0,
         "incomplete": 0,
     }
     assert not any(label.stats().values())

@@ -57,6 +57,7 @@ class TeacherActionTransformConfig(TransformConfig):
     low: Any = None
     high: Any = None
     on_non_finite: str = "mask"
+    no_op_norm: float | None = None
     seed: int = 0
     _target_: str = "torchrl_rpd.configs.transforms.make_teacher_action"
     _convert_: str = "all"

@@ -84,7 +84,8 @@ class LabellingTransform(Transform):
             a dictionary with ``frames`` (rows that could have been labelled),
             ``queries`` (rows that the teacher was asked about), ``calls`` (batches of
             them), ``labelled`` (rows with mask True), ``clipped`` (labelled rows of
-            which an entry was clipped), ``non_finite`` (rows masked for that reason),
+            which an entry was clipped), ``non_finite`` and ``no_ops`` (rows masked for
+            that reason),
             ``incomplete`` (rows left out because observations of their history were
             missed) and ``seconds`` (wall-clock time in the teacher; on an accelerator
             the time to launch its work).

@@ -269,7 +269,7 @@ class Labeller:
         device, batch_size = candidates.device, tensordict.batch_size
         name = self._ask.handle.name
         labels = self._rules(raw.to(device), std, box.to(device), name=name)
-        self.shared.stats.emit(labels.usable, labels.clipped)
+        self.shared.stats.emit(labels.usable, labels.clipped, labels.no_op)
         written = [
             (self._keys.action, labels.action),
             (self._keys.mask, labels.usable.unsqueeze(-1)),

@@ -23,12 +23,14 @@ class Labels(NamedTuple):
         std (torch.Tensor, optional): float32 ``[n, A]``.
         clipped (torch.Tensor, optional): bool ``[n]``, usable rows of which an entry
             was clipped.
+        no_op (torch.Tensor, optional): bool ``[n]``, rows left out as no-ops.
     """
 
     action: torch.Tensor
     usable: torch.Tensor
     std: torch.Tensor | None
     clipped: torch.Tensor | None
+    no_op: torch.Tensor | None
 
 
 class LabelRules:
@@ -40,6 +42,8 @@ class LabelRules:
         clip (bool): whether to clip to the box.
         on_non_finite ("mask" or "raise"): what to do with rows that hold NaN or an
             infinity, before or after ``action_transform``.
+        no_op_norm (float, optional): rows of which all entries but the last have a
+            smaller norm are left out.
 
     Examples:
         >>> rules = LabelRules(lambda raw: 2 * raw - 1, clip=True, on_non_finite="mask")
@@ -57,11 +61,15 @@ class LabelRules:
         *,
         clip: bool,
         on_non_finite: Literal["mask", "raise"],
+        no_op_norm: float | None = None,
     ) -> None:
         if on_non_finite not in ("mask", "raise"):
             raise ValueError(
                 f"on_non_finite must be 'mask' or 'raise', got {on_non_finite!r}."
             )
+        if no_op_norm is not None and no_op_norm <= 0:
+            raise ValueError(f"no_op_norm must be positive, got {no_op_norm}.")
+        self.no_op_norm = no_op_norm
         self.action_transform = action_transform
         self.clip = clip
         self.on_non_finite = on_non_finite
@@ -108,6 +116,10 @@ class LabelRules:
                 f"{usable.numel()} rows. Use on_non_finite='mask' to leave such rows "
                 "out and count them."
             )
+        no_op = None
+        if self.no_op_norm is not None:
+            no_op = (action[:, :-1].norm(dim=-1) < self.no_op_norm) & usable
+            usable = usable & ~no_op
         clipped = None
         if self.clip:
             inside = box.clip(action)
@@ -116,7 +128,7 @@ class LabelRules:
         keep = usable.unsqueeze(-1)
         if std is not None:
             std = torch.where(keep, std, 0.0)
-        return Labels(torch.where(keep, action, 0.0), usable, std, clipped)
+        return Labels(torch.where(keep, action, 0.0), usable, std, clipped, no_op)
 
     def _convert(self, raw: torch.Tensor) -> torch.Tensor:
         assert self.action_transform is not None

@@ -20,6 +20,7 @@ class TeacherStats(TypedDict):
     labelled: int
     clipped: int
     non_finite: int
+    no_ops: int
     incomplete: int
     seconds: float
 
@@ -33,8 +34,8 @@ class QueryStats:
 
     Examples:
         >>> stats = QueryStats()
-        >>> finite = torch.tensor([True, True, False])
-        >>> stats.emit(finite, clipped=torch.tensor([True, False, False]))
+        >>> usable = torch.tensor([True, True, False])
+        >>> stats.emit(usable, clipped=torch.tensor([True, False, False]))
         >>> stats.read()["labelled"], stats.read()["clipped"]
         (2, 1)
     """
@@ -50,36 +51,46 @@ class QueryStats:
         self.seconds = 0.0
         self._frames: int | torch.Tensor = 0
         self._emitted = 0
-        self._finite: int | torch.Tensor = 0
+        self._usable: int | torch.Tensor = 0
         self._clipped: int | torch.Tensor = 0
+        self._no_ops: int | torch.Tensor = 0
 
     def see(self, candidates: torch.Tensor) -> None:
         """Counts the rows, True in ``candidates``, that could be labelled."""
         self._frames = self._frames + candidates.sum()
 
-    def emit(self, finite: torch.Tensor, clipped: torch.Tensor | None) -> None:
+    def emit(
+        self,
+        usable: torch.Tensor,
+        clipped: torch.Tensor | None,
+        no_op: torch.Tensor | None = None,
+    ) -> None:
         """Counts labels that were written.
 
         Args:
-            finite (torch.Tensor): bool ``[n]``, the rows whose label is usable.
+            usable (torch.Tensor): bool ``[n]``, the rows whose label is usable.
             clipped (torch.Tensor, optional): bool ``[n]``, the usable rows of which an
                 entry was clipped.
+            no_op (torch.Tensor, optional): bool ``[n]``, the rows left out as no-ops.
         """
-        self._emitted += finite.numel()
-        self._finite = self._finite + finite.sum()
+        self._emitted += usable.numel()
+        self._usable = self._usable + usable.sum()
+        if no_op is not None:
+            self._no_ops = self._no_ops + no_op.sum()
         if clipped is not None:
             self._clipped = self._clipped + clipped.sum()
 
     def read(self) -> TeacherStats:
         """The counters as plain numbers."""
-        labelled = int(self._finite)
+        labelled, no_ops = int(self._usable), int(self._no_ops)
         return TeacherStats(
             frames=int(self._frames),
             queries=self.queries,
             calls=self.calls,
             labelled=labelled,
             clipped=int(self._clipped),
-            non_finite=self._emitted - labelled,
+            non_finite=self._emitted - labelled - no_ops,
+            no_ops=no_ops,
             incomplete=self.incomplete,
             seconds=self.seconds,
         )
@@ -92,6 +103,7 @@ class QueryStats:
         self.incomplete = int(stats["incomplete"])
         self.seconds = float(stats["seconds"])
         self._frames = int(stats["frames"])
-        self._finite = int(stats["labelled"])
+        self._usable = int(stats["labelled"])
         self._clipped = int(stats["clipped"])
-        self._emitted = self._finite + int(stats["non_finite"])
+        self._no_ops = int(stats["no_ops"])
+        self._emitted = self._usable + self._no_ops + int(stats["non_finite"])

@@ -123,6 +123,13 @@ class TeacherActionTransform(LabellingTransform):
         on_non_finite ("mask" or "raise", optional): what to do with labels that hold
             NaN or an infinity: mask out and count, or raise a ``ValueError``. Defaults
             to ``"mask"``.
+        no_op_norm (float, optional): labels of which all entries but the last (the
+            gripper's) have a smaller Euclidean norm are masked out and counted: where a
+            teacher freezes, its label says nothing, and a student that imitates it
+            freezes as well. OpenVLA leaves such steps out of its demonstrations, with
+            ``1e-4`` (its ``regenerate_libero_dataset.py``, there only if the gripper
+            stays as it is, too). Not for teachers that hold the arm still while the
+            gripper moves. Defaults to ``None``: every label counts.
         seed (int, optional): seed of the generator that ``query_fraction`` draws from
             (torch's global one is left alone; its state is in ``state_dict``). Give
             every worker its own, or all of them draw the same. Defaults to ``0``.
@@ -185,6 +192,7 @@ class TeacherActionTransform(LabellingTransform):
         low: Bound | None = None,
         high: Bound | None = None,
         on_non_finite: Literal["mask", "raise"] = "mask",
+        no_op_norm: float | None = None,
         seed: int = 0,
     ) -> None:
         keys = LabelKeys(
@@ -203,7 +211,12 @@ class TeacherActionTransform(LabellingTransform):
                 not_in_keys=out_keys,
                 max_batch_size=max_batch_size,
             ),
-            LabelRules(action_transform, clip=clip_labels, on_non_finite=on_non_finite),
+            LabelRules(
+                action_transform,
+                clip=clip_labels,
+                on_non_finite=on_non_finite,
+                no_op_norm=no_op_norm,
+            ),
             keys,
             query_fraction=query_fraction,
             always_query_key=(

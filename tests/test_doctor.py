@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from torchrl_rpd import doctor
 
+CLONE = Path(doctor.__file__).parents[1] / "pyproject.toml"
 REQUIRES = [
     "torch",
     "torchrl<0.15,>=0.14",
@@ -77,23 +80,84 @@ def test_a_missing_package(installed):
     assert not doctor.report()[1]
 
 
-def test_from_a_folder(monkeypatch):
+def test_from_a_clone(monkeypatch):
+    """Not installed: the requirements are those of the clone's pyproject.toml."""
+    version = metadata.version
+
+    def others(name):
+        if name == "torchrl_rpd":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
     def nothing(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor.metadata, "version", nothing)
+    monkeypatch.setattr(doctor.metadata, "version", others)
     monkeypatch.setattr(doctor.metadata, "requires", nothing)
+    required = found(doctor.required())
+    assert "only imported from a folder" in required["torchrl_rpd"].detail
+    if not CLONE.exists():
+        pytest.skip("needs a clone")
+    assert required["torchrl"] == doctor.Finding("ok", "torchrl", version("torchrl"))
+    assert found(doctor.extras())["dev"].state == "ok"
+
+
+def test_requirements_of_another_project(tmp_path):
+    file = tmp_path / "pyproject.toml"
+    assert doctor._clone_requirements(file) == []
+    file.write_text('[project]\nname = "another"\ndependencies = ["torch"]\n')
+    assert doctor._clone_requirements(file) == []
+
+
+def test_a_torch_that_cannot_be_imported(installed, monkeypatch):
+    real = doctor.importlib.import_module
+
+    def broken(name):
+        if name == "torch":
+            raise OSError("libcudart.so.13: cannot open shared object file\nmore")
+        return real(name)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
     text, healthy = doctor.report()
-    assert healthy
-    assert "only imported from a folder" in text
+    assert not healthy
+    assert (
+        "[wrong] torch: cannot be imported (OSError: libcudart.so.13: cannot open shared "
+        "object file). Disabled: everything."
+    ) in text
+    assert "Devices" not in text  # nothing that needs it is asked
+
+
+@pytest.mark.parametrize(
+    ("drawing", "states"),
+    [
+        ({"cuda", "cpu"}, ["ok", "ok"]),
+        ({"cpu"}, ["missing", "ok"]),
+        (set(), ["missing", "missing", "note"]),
+    ],
+)
+def test_renderer(installed, monkeypatch, drawing, states):
+    from torchrl_rpd.envs import _rendering
+
+    installed["mani_skill"] = "3.0.1"
+    monkeypatch.setattr(_rendering, "can_draw", lambda device: device in drawing)
+    findings = list(doctor.renderer())
+    assert [finding.state for finding in findings] == states
+    for finding in findings:
+        assert finding.state == "ok" or "isabled: " in finding.detail
+
+
+def test_no_simulator_no_renderer(installed):
+    (finding,) = doctor.renderer()
+    assert finding.state == "note"
+    assert "maniskill" in finding.detail
 
 
 def test_every_extra_is_explained():
     try:
         names = metadata.metadata("torchrl_rpd").get_all("Provides-Extra")
     except metadata.PackageNotFoundError:
-        pytest.skip("needs an installed package: pip install -e .")
-    assert set(names) - {"all"} <= set(doctor.EXTRAS)
+        names = tomllib.loads(CLONE.read_text())["project"]["optional-dependencies"]
+    assert set(names) - {"all"} == set(doctor.EXTRAS)
 
 
 def test_the_command():
@@ -105,6 +169,8 @@ def test_the_command():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Devices\n  [ok] CPU:" in done.stdout
+    for name in ("torch", "tensordict", "torchrl"):
+        assert f"[ok] {name}: {metadata.version(name)}\n" in done.stdout
 
 
 if __name__ == "__main__":

@@ -134,11 +134,20 @@ class TestMetadata:
         newest = re.search(r"^## \[(\d[^\]]*)\]", changelog, re.MULTILINE)
         assert newest is not None
         assert newest[1] == expected
+        citation = (ROOT / "CITATION.cff").read_text()
+        assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == expected
 
     def test_typed(self):
         assert (Path(torchrl_rpd.__file__).parent / "py.typed").exists()
         package_data = PROJECT["tool"]["setuptools"]["package-data"]["*"]
-        assert {"py.typed", "*.csv", "*.json"} <= set(package_data)
+        # What is no code and is not named here would be missing in the wheel.
+        suffixes = {
+            f"*{path.suffix}"
+            for path in tracked_files()
+            if path.is_relative_to(ROOT / "torchrl_rpd") and path.suffix != ".py"
+        }
+        assert suffixes - {"*.typed"} <= set(package_data)
+        assert "py.typed" in package_data
 
     def test_every_folder_is_a_package(self):
         # find_packages leaves out folders without __init__.py.
@@ -150,6 +159,13 @@ class TestMetadata:
         (everything,) = extras["all"]
         listed = re.search(r"\[(.*)\]", everything)[1].split(",")
         assert set(listed) == set(extras) - {"all"}
+
+    def test_make_installs_every_extra(self):
+        makefile = (ROOT / "Makefile").read_text()
+        installed = re.search(r"^EXTRAS := (.*)$", makefile, re.MULTILINE)[1]
+        # Ray comes with `make test-all`.
+        extras = set(PROJECT["project"]["optional-dependencies"])
+        assert set(installed.split(",")) == extras - {"all", "ray"}
 
 
 class TestConstraints:
@@ -166,6 +182,19 @@ class TestConstraints:
         names = [pin.split("==")[0].lower().replace("_", "-") for pin in pins]
         assert len(set(names)) == len(names)
 
+    def test_every_requirement_is_pinned(self):
+        project = PROJECT["project"]
+        wanted = list(project["dependencies"])
+        for extra, texts in project["optional-dependencies"].items():
+            wanted += [] if extra == "all" else texts
+        names = {re.split(r"[^\w.-]", text)[0] for text in wanted}
+        pinned = {line.split("==")[0] for line in self.LINES}
+
+        def normal(names):
+            return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+        assert normal(names) <= normal(pinned)
+
     @pytest.mark.parametrize("name", ["tensordict", "torchrl"])
     def test_core_is_what_is_tested(self, name):
         assert f"{name}=={version(name)}" in self.LINES
@@ -174,6 +203,30 @@ class TestConstraints:
 class TestFiles:
     def test_readme_is_short(self):
         assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+    def test_reports_of_problems_ask_for_the_doctor(self):
+        templates = list((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+        assert len(templates) >= 2
+        for path in templates:
+            assert "python -m torchrl_rpd.doctor" in path.read_text(), path
+
+    def test_citation_names_the_paper(self):
+        citation = (ROOT / "CITATION.cff").read_text()
+        for words in ("2503.05833", "Jülg", "Burgard", "Walter", "RL Experts"):
+            assert words in citation
+
+    def test_contributing_names_what_is_there(self):
+        """Files, commands and tests that are named exist."""
+        text = (ROOT / "CONTRIBUTING.md").read_text()
+        makefile = (ROOT / "Makefile").read_text()
+        for target in re.findall(r"\bmake ([a-z][a-z-]+)`", text):
+            assert f"\n{target}:" in makefile, target
+        package = ROOT / "torchrl_rpd"
+        for name in re.findall(r"`([\w./]+(?:\.py|/))`", text):
+            folders = (ROOT, package, *(ROOT / "tests").iterdir())
+            places = [folder / name for folder in folders]
+            places += [p / name for p in package.iterdir() if p.is_dir()]
+            assert any(place.exists() for place in places), name
 
     def test_headers(self):
         header = (

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 
 def available_cpus() -> int:
     """The number of CPU cores that this process may run on."""
@@ -38,6 +36,10 @@ def set_learner_threads(num_workers: int = 1) -> int:
         1
         >>> torch.set_num_threads(before)
     """
+    # Here: `python -m torchrl_rpd.doctor` imports this module, and is to report a torch
+    # that cannot be imported.
+    import torch
+
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
     threads = max(1, available_cpus() - num_workers)

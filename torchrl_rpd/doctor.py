@@ -7,7 +7,8 @@
     python -m torchrl_rpd.doctor
 
 Paste its output into a report of a problem. The exit code is 1 if a package that is always
-needed is missing or of a version that is not supported, else 0.
+needed is missing, of a version that is not supported or cannot be imported, or if
+something is installed that is known to break the rest; else 0.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from __future__ import annotations
 import importlib
 import platform
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
+
+from torchrl_rpd import __version__
 
 __all__ = ["EXTRAS", "Finding", "report"]
 
@@ -37,6 +42,7 @@ EXTRAS = {
     "wandb": "WandbLogger",
     "tensorboard": "TensorboardLogger",
     "plot": "pictures of examples/demo.py and examples/report.py",
+    "docs": "make docs",
     "dev": "tests and checks",
 }
 
@@ -75,7 +81,20 @@ def _requirements() -> list[Requirement]:
     try:
         return [Requirement(text) for text in metadata.requires(_PACKAGE) or []]
     except metadata.PackageNotFoundError:
+        return _clone_requirements(Path(__file__).parents[1] / "pyproject.toml")
+
+
+def _clone_requirements(file: Path) -> list[Requirement]:
+    """The requirements of a clone that is imported without being installed."""
+    if not file.is_file():
         return []
+    project = tomllib.loads(file.read_text()).get("project", {})
+    if project.get("name") != _PACKAGE:  # somebody else's, above a copied folder
+        return []
+    texts = list(project["dependencies"])
+    for extra, wanted in project["optional-dependencies"].items():
+        texts += [f"{text}; extra == '{extra}'" for text in wanted]
+    return [Requirement(text) for text in texts]
 
 
 def _check(requirement: Requirement) -> Finding:
@@ -95,16 +114,32 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 def required() -> Iterator[Finding]:
     """The packages that are always needed."""
     requirements = _requirements()
-    if not requirements:
+    if _version(_PACKAGE) is None:
         yield Finding(
             "note",
             _PACKAGE,
-            "is not installed, only imported from a folder: versions are not checked; "
-            "pip install -e . there",
+            "is not installed, only imported from a folder: pip install -e . there",
         )
     for requirement in requirements:
         if _applies(requirement, ""):
             yield _check(requirement)
+
+
+def importable() -> Iterator[Finding]:
+    """What is installed, always needed, and broken: of another torch, or half removed."""
+    for name in ("torch", "tensordict", "torchrl"):
+        if _version(name) is None:
+            continue
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a broken binary raises
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield Finding(
+                "wrong",
+                name,
+                f"cannot be imported ({reason}). Disabled: everything. Install torch, "
+                "then this package, in a new environment",
+            )
 
 
 def extras() -> Iterator[Finding]:
@@ -144,7 +179,8 @@ def devices() -> Iterator[Finding]:
         yield Finding(
             "note",
             "CUDA",
-            f"none that torch {torch.__version__} can use: big teachers need one",
+            f"none that torch {torch.__version__} can use. Disabled: simulation on a GPU; "
+            "the published OpenVLA and Octo are too slow to label with",
         )
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -155,20 +191,28 @@ def devices() -> Iterator[Finding]:
 def renderer() -> Iterator[Finding]:
     """Whether pictures can be drawn; asked in child processes."""
     if _version("mani_skill") is None:
+        yield Finding(
+            "note", "pictures", "not asked: SAPIEN comes with the extra maniskill"
+        )
         return
     from torchrl_rpd.envs._rendering import can_draw
 
-    for device, name in (("cuda", "GPU"), ("cpu", "software")):
+    kinds = {
+        "cuda": ("GPU Vulkan", "drawing on a GPU"),
+        "cpu": ("software Vulkan", "drawing without a GPU"),
+    }
+    for device, (name, use) in kinds.items():
         if can_draw(device):
-            yield Finding("ok", f"{name} Vulkan", "SAPIEN can draw")
+            yield Finding("ok", name, "SAPIEN can draw")
         else:
-            yield Finding("missing", f"{name} Vulkan", "SAPIEN cannot draw with it")
-    if not (can_draw("cuda") or can_draw("cpu")):
+            yield Finding("missing", name, f"Disabled: {use}")
+    if not any(map(can_draw, kinds)):
         yield Finding(
             "note",
             "pictures",
-            "disabled (states work): install Mesa 24.3 or newer, package "
-            "mesa-vulkan-drivers, or the GPU driver with its Vulkan part",
+            "disabled: cameras, teachers and students that see (states work). Install "
+            "Mesa 24.3 or newer, package mesa-vulkan-drivers, or the GPU driver with its "
+            "Vulkan part",
         )
 
 
@@ -181,8 +225,9 @@ def traps() -> Iterator[Finding]:
             yield Finding(
                 "wrong",
                 "torchvision",
-                f"does not fit this torch and breaks transformers ({error}): "
-                "pip uninstall torchvision, or install the one of this torch",
+                f"does not fit this torch ({error}). Disabled: OpenVLATeacher and what "
+                "else needs transformers. pip uninstall torchvision, or install the one "
+                "of this torch",
             )
 
 
@@ -190,7 +235,8 @@ def report() -> tuple[str, bool]:
     """The whole report, and whether what is always needed is there.
 
     Returns:
-        the text, and False if a required package is missing or of a wrong version.
+        the text, and False if a required package is missing, of a wrong version or
+        broken.
 
     Examples:
         >>> from torchrl_rpd.doctor import report
@@ -198,23 +244,25 @@ def report() -> tuple[str, bool]:
         >>> text.splitlines()[0].startswith("torchrl_rpd ")
         True
     """
-    needed = list(required())
+    broken = list(importable())
+    needed = [*required(), *broken]
+    usable = not broken and _version("torch") is not None
     sections = {
         "Always needed": needed,
         "Extras": list(extras()),
-        "Devices": list(devices()),
-        "Renderer": list(renderer()),
-        "Known to go wrong": list(traps()),
+        "Devices": list(devices()) if usable else [],
+        "Renderer": list(renderer()) if usable else [],
+        "Known to go wrong": list(traps()) if usable else [],
     }
     lines = [
-        f"{_PACKAGE} {_version(_PACKAGE) or '(not installed)'}, "
+        f"{_PACKAGE} {_version(_PACKAGE) or f'{__version__} (not installed)'}, "
         f"Python {platform.python_version()}, {platform.platform()}"
     ]
     for title, findings in sections.items():
         if findings:
             lines += ["", title, *(f"  {finding}" for finding in findings)]
-    broken = [*needed, *sections["Known to go wrong"]]
-    return "\n".join(lines), not any(f.state in ("missing", "wrong") for f in broken)
+    decisive = [*needed, *sections["Known to go wrong"]]
+    return "\n".join(lines), not any(f.state in ("missing", "wrong") for f in decisive)
 
 
 def main() -> None:

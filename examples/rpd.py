@@ -12,23 +12,39 @@ the student on episodes that nobody has seen. Everything goes to ``runs/<name>``
     python examples/rpd.py reward=sparse flaw=goal algo=ppo      # or algo=imitation
     python examples/rpd.py preset=paper teacher=octo --cfg job   # show it, run nothing
     python examples/rpd.py -m seed=0,1,2,3,4 algo=rpd,ppo,imitation
+
+What goes wrong is told in a sentence (docs/faults.md); the exit code is then 1, or 130 and
+143 for a run that SIGINT and SIGTERM have stopped: the same command goes on with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
+import re
+import signal
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import hydra
+try:
+    import hydra
+except ImportError:
+    sys.exit("rpd.py needs Hydra: pip install 'torchrl_rpd[hydra]'")
+import numpy as np
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torchrl._utils import logger as torchrl_logger
+from torchrl.record.loggers.common import Logger
 from torchrl.record.loggers.wandb import WandbLogger
 from torchrl.trainers import Trainer
 
@@ -36,7 +52,7 @@ from torchrl_rpd import set_learner_threads
 from torchrl_rpd.envs import TASKS
 from torchrl_rpd.evaluation import EvaluationResult, evaluate
 from torchrl_rpd.teachers import ScriptedTeacher, check_teacher
-from torchrl_rpd.trainers import CheckpointHook, NonFiniteError, NumericalGuard
+from torchrl_rpd.trainers import CheckpointHook, NumericalGuard
 
 # Fresh for everybody: neither the training's nor the learning curve's episodes.
 FINAL_SEEDS = 2_000_000
@@ -122,6 +138,84 @@ def wire_log(trainer: Trainer, cfg: DictConfig) -> None:
         trainer.logger.log_hparams(OmegaConf.to_container(cfg, resolve=True))
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong, without Hydra's wrapping."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def make_logger(cfg: DictConfig) -> Logger | None:
+    """The logger; where wandb cannot be reached, its files are written here."""
+    try:
+        return instantiate(cfg.logger)
+    except InstantiationException as error:
+        if type(cause_of(error)).__module__.partition(".")[0] != "wandb":
+            raise
+        torchrl_logger.warning(
+            f"wandb cannot be reached, the run goes on offline: {cause_of(error)}\n"
+            f"Send it later: wandb sync {cfg.runs}/wandb/offline-run-*"
+        )
+        kwargs = {"mode": "offline"}  # WANDB_MODE is not read a second time
+        return instantiate(cfg.logger, offline=True, wandb_kwargs=kwargs)
+
+
+def sentence_on(error: Exception, out: Path) -> str:
+    """What went wrong; where it did is written to a file."""
+    # Not if that is because the disk is full.
+    with contextlib.suppress(OSError):
+        (out / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+    notes = getattr(error, "__notes__", [])
+    error = cause_of(error)
+    said = str(error.args[0] if isinstance(error, KeyError) else error).strip()
+    if "Traceback (most recent call last)" in said:
+        said = said.splitlines()[-1]  # a worker process's own words
+    elif isinstance(error, EOFError | BrokenPipeError | ConnectionResetError) or (
+        re.search(r"worker \d+ (dead|\(exit code)", said)
+    ):
+        said = (
+            f"A worker process of the environments died ({said}): killed, for want of "
+            "memory perhaps, or its simulator crashed."
+        )
+    else:
+        said = f"{type(error).__name__}: {said}"
+    where = f"(Where it happened: {out / 'traceback.txt'})"
+    return "\n".join([f"rpd.py: {said}", *notes, where])
+
+
+@contextlib.contextmanager
+def in_order(out: Path) -> Iterator[None]:
+    """Ends a run that went wrong with a sentence, and one that was stopped with a code."""
+
+    def stop(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    # Before and after training; meanwhile CheckpointHook listens.
+    usual = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(sentence_on(error, out))
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+def close(trainer: Trainer) -> None:
+    """Ends worker processes and logs, also those that are broken."""
+    evaluation = trainer.parts.evaluation
+    ends = [trainer.collector.shutdown, trainer.parts.env.close]
+    ends += [evaluation.env.close] if evaluation is not None else []
+    # Or the next run of a sweep (-m) would go on in this one's wandb run.
+    ends += [trainer.logger.close] if trainer.logger is not None else []
+    for end in ends:
+        with contextlib.suppress(Exception):  # closed already, or its process is dead
+            end()
+
+
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Builds, checks, trains and evaluates."""
@@ -129,12 +223,24 @@ def main(cfg: DictConfig) -> None:
         sys.exit(f"rpd.py: {sentence}")
     out = Path(cfg.runs) / cfg.name
     out.mkdir(parents=True, exist_ok=True)
+    (out / "traceback.txt").unlink(missing_ok=True)  # of a start before
     OmegaConf.save(cfg, out / "config.yaml", resolve=True)
     set_learner_threads(num_workers=cfg.env.num_workers)
     torchrl_logger.setLevel("WARNING")
+    # For whatever a teacher or a reward of somebody's own draws; torch's is the trainer's.
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    with in_order(out):
+        # 1. Every part of the recipe, and TorchRL's PPOTrainer over them.
+        trainer = instantiate(cfg.trainer, logger=make_logger(cfg))
+        try:
+            run(cfg, trainer, out)
+        finally:
+            close(trainer)
 
-    # 1. Every part of the recipe, and TorchRL's PPOTrainer over them.
-    trainer = instantiate(cfg.trainer)
+
+def run(cfg: DictConfig, trainer: Trainer, out: Path) -> None:
+    """Checks, trains and evaluates."""
     wire_log(trainer, cfg)
     student, labels = trainer.parts.student, trainer.parts.teacher_action
     curve = trainer.parts.evaluation
@@ -147,6 +253,8 @@ def main(cfg: DictConfig) -> None:
             expert = trainer.parts.teacher
             convention = instantiate(cfg.teacher_action.action_transform)
             as_labelled = {"action_transform": convention}
+            # PhysX remembers the contacts of the check in the evaluation that follows.
+            curve.env.set_seed(seeds)
             if cfg.check_teacher:
                 print(check_teacher(expert, curve.env, **as_labelled), flush=True)
             teacher = evaluate(
@@ -168,20 +276,19 @@ def main(cfg: DictConfig) -> None:
     start = time.perf_counter()
     try:
         trainer.train()
-    except NonFiniteError as error:
-        sys.exit(f"rpd.py: {error}")
+    except Exception as error:
+        last = None if checkpoints is None else checkpoints.latest()
+        if last is not None and str(last) not in str(error):
+            error.add_note(f"The same command goes on from {last}.")
+        raise
     seconds = time.perf_counter() - start
 
-    if trainer.logger is not None:
-        # Or the next run of a sweep (-m) would go on in this one's wandb run.
-        trainer.logger.close()
     if checkpoints is not None and checkpoints.stopped_by:
         print(f"{checkpoints.stopped_by}: the same command goes on from here")
-        return
+        sys.exit(128 + signal.Signals[checkpoints.stopped_by])
 
     # 4. The student, on the teacher's episodes.
     result = evaluate(curve.env, student.actor, episodes=cfg.episodes, seeds=seeds)
-    curve.env.close()
     print(f"student: success {result.success_once}; teacher queries: {labels.stats()}")
     student.save(
         out / "student.safetensors",

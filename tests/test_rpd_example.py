@@ -514,7 +514,7 @@ class TestRun:
         assert "going on at 256 frames" in capsys.readouterr().out
         assert again["student"]["episode_return"] == first["student"]["episode_return"]
         # Another configuration is another run.
-        with pytest.raises(ValueError, match="gamma"):
+        with pytest.raises(SystemExit, match="gamma"):
             self.run(rpd, tmp_path, "checkpoint.every=128", "value.gamma=0.5")
 
 

@@ -108,9 +108,48 @@ class TestBatches:
         assert not list(tmp_path.iterdir())
 
 
+class TestMasking:
+    def test_rows_are_left_out_and_counted(self, tmp_path, monkeypatch):
+        told = []
+        monkeypatch.setattr(module.logger, "warning", told.append)
+        guard = NumericalGuard(tmp_path, on_non_finite="mask", min_ess=None)
+        trainer = trainer_of(BadReward(8), guard)
+        seen = []
+        trainer.loss_module.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0])
+        )
+        trainer.train()
+        assert trainer.collected_frames == 4 * PER_BATCH
+        # One env of eight, 8 steps each. NaN from its tenth step on: the advantage of
+        # the ninth, which is of an episode that ends at step 16, is spoilt as well.
+        assert trainer._log_dict["guard/masked_rows"] == [8, 8, 8]
+        rows = [minibatch.numel() for minibatch in seen]
+        assert sum(rows[:4]) == 2 * 64  # the first batch, two epochs
+        assert sum(rows[4:]) == 3 * 2 * (64 - 8)
+        assert all(m["advantage"].isfinite().all() for m in seen)
+        assert all(p.isfinite().all() for p in trainer.loss_module.parameters())
+        # Told once, with the first such batch.
+        assert len(told) == 1
+        assert "next/reward in 7" in told[0]
+        (path,) = tmp_path.iterdir()
+        assert TensorDict.load_memmap(path)["next", "reward"][3].isnan().sum() == 7
+
+    def test_a_batch_without_a_finite_row_stops(self, tmp_path):
+        class NoReward(ReachEnv):
+            def _step(self, td):
+                out = super()._step(td)
+                return out.set("reward", out["reward"] * math.nan)
+
+        guard = NumericalGuard(tmp_path, on_non_finite="mask")
+        with pytest.raises(NonFiniteError, match="every row of a minibatch"):
+            trainer_of(NoReward(8), guard).train()
+
+
 class TestLosses:
-    def test_a_loss_stops_before_its_step(self, tmp_path):
-        trainer = trainer_of(ReachEnv(8), NumericalGuard(tmp_path))
+    @pytest.mark.parametrize("choice", ["stop", "mask"])
+    def test_a_loss_stops_before_its_step(self, choice, tmp_path):
+        guard = NumericalGuard(tmp_path, on_non_finite=choice)
+        trainer = trainer_of(ReachEnv(8), guard)
         inner = trainer.loss_module.loss_critic
 
         def broken(td):
@@ -145,7 +184,13 @@ class TestCollapse:
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_kl": 0.0}, {"max_kl": math.nan}, {"min_ess": 1.5}]
+    "limits",
+    [
+        {"max_kl": 0.0},
+        {"max_kl": math.nan},
+        {"min_ess": 1.5},
+        {"on_non_finite": "ignore"},
+    ],
 )
 def test_limits(tmp_path, limits):
     with pytest.raises(ValueError, match="must"):

@@ -151,6 +151,7 @@ class NumericalGuardConfig(HookConfig):
     keys: Any = None
     teacher_action_key: Any = "teacher_action"
     teacher_mask_key: Any = "teacher_mask"
+    on_non_finite: str = "stop"
     max_kl: float | None = 2.0
     min_ess: float | None = 0.1
     _target_: str = "torchrl_rpd.configs.hooks.make_numerical_guard"

@@ -114,11 +114,14 @@ class ActorCritic:
             ValueError: if the file is no student of this package, or one that this
                 version cannot build.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_model
 
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}.") from None
         if header.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} holds no student that ActorCritic.save wrote (format "
@@ -131,8 +134,14 @@ class ActorCritic:
                 f"{path} holds a student of {builder!r}, which this version of the "
                 f"package does not have (it has {sorted(BUILDERS)})."
             )
-        student = BUILDERS[builder](**json.loads(header["config"]))
-        student.metadata = json.loads(header["metadata"])
+        try:
+            student = BUILDERS[builder](**json.loads(header["config"]))
+            student.metadata = json.loads(header["metadata"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} does not say how to build its student "
+                f"({type(error).__name__}: {error})."
+            ) from error
         load_model(student._container(), str(path))
         return student
 

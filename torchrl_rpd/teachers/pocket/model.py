@@ -248,4 +248,10 @@ def read_header(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path} holds no pocket VLA (format {header.get('format')!r} instead of "
             f"{_FORMAT!r})."
         )
-    return json.loads(header["config"]), json.loads(header["metadata"])
+    try:
+        return json.loads(header["config"]), json.loads(header["metadata"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not say how to build its model "
+            f"({type(error).__name__}: {error})."
+        ) from error

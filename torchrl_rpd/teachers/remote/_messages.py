@@ -12,7 +12,7 @@ arrays of numbers or raises a :class:`MessageError`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ def unpack(message: bytes | memoryview) -> Any:
         {'prompt': ['push', 'pull']}
     """
     msgpack = require("msgpack", extra="remote")
-    entries = _Entries()
+    entries = _Entries(msgpack.Timestamp)
     reading: dict[str, Any] = {
         "object_hook": entries.read_map,
         "list_hook": entries.read_list,
@@ -117,8 +117,11 @@ def unpack(message: bytes | memoryview) -> Any:
     }
     try:
         if len(message) >= LONG:
-            return read_long(message, msgpack, **reading)
-        return msgpack.unpackb(message, **reading)
+            content = read_long(message, msgpack, **reading)
+        else:
+            content = msgpack.unpackb(message, **reading)
+        entries.check([content])
+        return content
     except MessageError:
         raise
     except Exception as error:  # msgpack's own, and those of Unicode and recursion
@@ -190,18 +193,30 @@ class _Writer:
 
 
 class _Entries:
-    """Counts what a message holds while it is read, and stops when it is too much."""
+    """Looks at what a message holds while it is read, and stops when it is too much.
 
-    def __init__(self) -> None:
+    Args:
+        timestamp (type): msgpack's, an extension that it reads without asking.
+    """
+
+    def __init__(self, timestamp: type) -> None:
         self._left = _MAX_ENTRIES
+        self._timestamp = timestamp
 
     def read_list(self, values: list[Any]) -> list[Any]:
         self._count(values)
+        self.check(values)
         return values
 
     def read_map(self, values: dict[Any, Any]) -> Any:
         self._count(values)
+        self.check(values.values())
         return _read(values)
+
+    def check(self, values: Iterable[Any]) -> None:
+        """Refuses time stamps."""
+        if self._timestamp in map(type, values):
+            _refuse_extension(-1, b"")
 
     def _count(self, values: Sized) -> None:
         self._left -= 1 + len(values)

@@ -216,6 +216,8 @@ def page(group: str) -> str:
         lines += verdict(arms)
         lines += [f"![curves]({picture})", ""]
         lines += final_table(arms) + steps_table(arms, None, 1)
+    if any(run.results.get("resumed") for run in runs):
+        lines += ["(*) A run was interrupted: its seconds since the last start.", ""]
     lines += ["Commands of the arms, behind `python examples/rpd.py`:", ""]
     lines += [
         f"- {arm}: `{shlex.join(Job(group, arm, 0).overrides[:-1])}`"

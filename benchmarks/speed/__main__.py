@@ -1,0 +1,90 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Measures and writes the page.
+
+    python -m benchmarks.speed                    # everything that can run here
+    python -m benchmarks.speed update adapter     # only these sections
+
+Sections that have not been measured this time keep their figures. On a GPU machine without
+a simulator, ``python -m benchmarks.speed update --device cuda --out FILE``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrl._utils import logger
+
+from benchmarks.machine import machine_line
+from benchmarks.speed._turns import Row
+from torchrl_rpd import set_learner_threads
+
+OUT = Path(__file__).parents[1] / "results" / "speed.json"
+TITLES = {
+    "adapter": "The adapter and plain ManiSkill",
+    "update": "The updates of a batch",
+}
+
+
+def measure(section: str, device: torch.device) -> list[Row]:
+    """The rows of one section."""
+    module = importlib.import_module(f"benchmarks.speed.{section}")
+    rows: list[Row] = module.rows(device=device)
+    return rows
+
+
+def page(results: dict[str, Any], command: str) -> str:
+    """Markdown."""
+    lines = [
+        "# Speed",
+        "",
+        "Ratios of seconds, measured in turns: median of the rounds [lowest, highest]. "
+        "What is compared stands in the modules of `benchmarks/speed`.",
+        "",
+    ]
+    for section, title in TITLES.items():
+        if section not in results:
+            continue
+        found = results[section]
+        lines += [f"## {title}", "", "| | ratio | bar | | |", "| --- " * 5 + "|"]
+        lines += [f"| {' | '.join(cells)} |" for cells in found["rows"]]
+        lines += ["", found["machine"] + ".", ""]
+    return "\n".join([*lines, f"Command: `{command}`.", ""])
+
+
+def main() -> None:
+    """Parses the arguments and measures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sections", nargs="*", help=", ".join(TITLES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    if unknown := set(args.sections) - set(TITLES):
+        parser.error(f"{sorted(unknown)} is none of {list(TITLES)}")
+    set_learner_threads()
+    logger.setLevel("WARNING")
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for section in args.sections or TITLES:
+        rows = measure(section, torch.device(args.device))
+        for row in rows:
+            print(" | ".join(row.cells), flush=True)
+        results[section] = {
+            "rows": [row.cells for row in rows],
+            "machine": machine_line(),
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    text = page(results, "python -m benchmarks.speed")
+    args.out.with_suffix(".md").write_text(text)
+    print(f"wrote {args.out.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()

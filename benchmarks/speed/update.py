@@ -1,0 +1,249 @@
+# Copyright (c) the torchrl_rpd authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The updates of a batch: beside ClipPPOLoss, and beside a loop in plain torch.
+
+Ours is what a run does: TorchRL's trainer with the hooks of ``make_ppo_trainer``. The loop
+in plain torch is what ManiSkill's baseline does with the same networks, minibatches and
+logged numbers, written down here.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torchrl.collectors import Collector
+from torchrl.objectives import ClipPPOLoss
+from torchrl.trainers.algorithms import PPOTrainer
+
+from benchmarks.speed._noise import NoiseEnv
+from benchmarks.speed._turns import Row, in_turns, ratios
+from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
+from torchrl_rpd.students import ActorCritic, cnn_actor_critic, mlp_actor_critic
+from torchrl_rpd.trainers import make_ppo_trainer
+from torchrl_rpd.transforms import TeacherActionTransform
+
+CLIP, CRITIC, NORM, LR = 0.2, 0.25, 0.5, 3e-4
+
+
+def trainer_and_batch(
+    student: ActorCritic,
+    case: Case,
+    *,
+    loss_class: type[ClipPPOLoss],
+    device: torch.device,
+) -> tuple[PPOTrainer, TensorDictBase]:
+    """A trainer over noise, and a labelled batch, before its advantages."""
+    torch.manual_seed(0)
+    env = NoiseEnv(case.rows // 50, case.shape)
+    for module in (student.actor, student.critic, student.value_network):
+        module.to(device)
+    loss = loss_class(
+        student.actor,
+        student.critic,
+        clip_epsilon=CLIP,
+        entropy_bonus=False,
+        loss_critic_type="l2",
+        critic_coeff=CRITIC,
+        normalize_advantage=True,
+    )
+    collector = Collector(
+        env,
+        student.actor,
+        frames_per_batch=case.rows,
+        total_frames=-1,
+        policy_device=device,
+        env_device="cpu",
+        storing_device=device,
+        auto_register_policy_transforms=False,
+    )
+    trainer = make_ppo_trainer(
+        collector=collector,
+        loss_module=loss,
+        optimizer=torch.optim.Adam(loss.parameters(), lr=LR, eps=1e-5),
+        gae=FiniteHorizonGAE(gamma=0.8, lmbda=0.9, value_network=student.value_network),
+        total_frames=case.rows,
+        minibatch_size=case.minibatch,
+        num_epochs=1,
+        clip_norm=NORM,
+        target_kl=None,
+        drop_keys=[("next", "observation")],
+        progress_bar=False,
+        log_actions=False,
+        log_rewards=False,
+    )
+    batch = next(iter(collector)).clone()
+    label = TeacherActionTransform(
+        lambda td: torch.zeros(td.shape[0], 7), low=-1, high=1
+    )
+    return trainer, label(batch)
+
+
+def epoch_of(trainer: PPOTrainer, batch: TensorDictBase) -> Callable[[], None]:
+    """One epoch as the trainer makes it, its hooks and log included.
+
+    The batch is prepared once: advantages and the copy into the buffer are no part of it.
+    """
+    prepared = trainer._process_batch_hook(batch)
+    return lambda: trainer.optim_steps(prepared)
+
+
+class Plain:
+    """Networks of the same sizes in plain torch, and the loop over minibatches."""
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self.log_std = nn.Parameter(torch.full((7,), -0.5, device=device))
+        self.picture = len(shape) == 3
+        if self.picture:
+            side = shape[-1] // 8 - 4
+            self.encoder: nn.Module = nn.Sequential(
+                nn.Conv2d(3, 32, 8, stride=4),
+                nn.ReLU(),
+                nn.Conv2d(32, 64, 4, stride=2),
+                nn.ReLU(),
+                nn.Conv2d(64, 64, 3),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(64 * side * side, 256),
+                nn.ReLU(),
+            ).to(device)
+        else:
+            self.encoder = nn.Identity()
+        self.actor, self.critic = (
+            self._head(shape, outputs).to(device) for outputs in (7, 1)
+        )
+        networks = (self.encoder, self.actor, self.critic)
+        self.parameters = [self.log_std, *(p for n in networks for p in n.parameters())]
+        self.adam = torch.optim.Adam(self.parameters, lr=LR, eps=1e-5)
+
+    def _head(self, shape: Sequence[int], outputs: int) -> nn.Sequential:
+        if self.picture:
+            return nn.Sequential(
+                nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, outputs)
+            )
+        return nn.Sequential(
+            nn.Linear(shape[0], 256),
+            nn.Tanh(),
+            nn.Linear(256, 256),
+            nn.Tanh(),
+            nn.Linear(256, outputs),
+        )
+
+    def epoch(self, data: dict[str, Tensor], minibatch: int) -> dict[str, float]:
+        """Updates once on every row; what is logged is read at the end."""
+        rows = len(data["action"])
+        order = torch.randperm(rows, device=data["action"].device)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, rows, minibatch):
+            chosen = order[start : start + minibatch]
+            part = {name: value[chosen] for name, value in data.items()}
+            observation = part["observation"]
+            if self.picture:
+                observation = observation.float() / 255
+            features = self.encoder(observation)
+            mean, std = self.actor(features), self.log_std.exp()
+            normal = torch.distributions.Normal(mean, std)
+            log_ratio = normal.log_prob(part["action"]).sum(-1) - part["log_prob"]
+            ratio = log_ratio.exp()
+            advantage = part["advantage"]
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+            policy = torch.max(-advantage * ratio, -advantage * clipped).mean()
+            value = (self.critic(features).squeeze(-1) - part["target"]).square().mean()
+            error = (mean - part["label"]).square().mean()
+            loss = policy + CRITIC * value + error
+            self.adam.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, NORM)
+            self.adam.step()
+            with torch.no_grad():
+                logged = {
+                    "policy": policy.detach(),
+                    "value": value.detach(),
+                    "error": error.detach(),
+                    "kl": ((ratio - 1) - log_ratio).mean(),
+                    "clipped": ((ratio - 1).abs() > CLIP).float().mean(),
+                }
+            for name, number in logged.items():
+                sums[name] = sums.get(name, 0) + number
+        return {name: float(number) for name, number in sums.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and its batch."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: int
+    minibatch: int
+    limit: float  # of the ratio to plain torch
+
+
+MLP = Case("MLP, minibatch 133", (42,), 6400, 133, 1.6)
+CNN = Case("NatureCNN, 128x128, minibatch 128", (3, 128, 128), 400, 128, 1.05)
+LARGE = Case("NatureCNN, 256x256, minibatch 128", (3, 256, 256), 1600, 128, 1.05)
+
+
+def student_of(case: Case) -> ActorCritic:
+    """With as many weights as the plain one."""
+    if len(case.shape) == 3:
+        return cnn_actor_critic(case.shape[-1], 7)
+    return mlp_actor_critic(case.shape[0], 7, normalize_observation=False)
+
+
+def compare(case: Case, *, device: torch.device, rounds: int) -> list[Row]:
+    """Epochs of both losses and of the plain loop, in turns."""
+    sides = {}
+    for loss_class in (DistillPPOLoss, ClipPPOLoss):
+        trainer, batch = trainer_and_batch(
+            student_of(case), case, loss_class=loss_class, device=device
+        )
+        sides[loss_class.__name__] = epoch_of(trainer, batch)
+    plain = Plain(case.shape, device)
+    prepared = trainer._process_batch_hook(batch).reshape(-1)
+    picture = len(case.shape) == 3
+    key = ("observation", "image") if picture else "observation"
+    data = {
+        "observation": prepared[key],
+        "action": prepared["action"],
+        "log_prob": prepared["action_log_prob"],
+        "advantage": prepared["advantage"].squeeze(-1),
+        "target": prepared["value_target"].squeeze(-1),
+        "label": prepared["teacher_action"],
+    }
+    data = {name: value.clone() for name, value in data.items()}
+    sides["plain"] = lambda: plain.epoch(data, case.minibatch)
+    seconds = in_turns(sides, rounds=rounds, device=device)
+    loss = ratios(seconds["DistillPPOLoss"], seconds["ClipPPOLoss"])
+    whole = ratios(seconds["DistillPPOLoss"], seconds["plain"])
+    ours, _, theirs = (1e3 * statistics.median(times) for times in seconds.values())
+    return [
+        Row(
+            f"{case.name}: DistillPPOLoss / ClipPPOLoss, same trainer",
+            loss,
+            "at most 1.05",
+            statistics.median(loss) <= 1.05,
+        ),
+        Row(
+            f"{case.name}: an epoch / a loop in plain torch",
+            whole,
+            f"at most {case.limit:.2f}",
+            statistics.median(whole) <= case.limit,
+            f"{ours:,.0f} and {theirs:,.0f} ms",
+        ),
+    ]
+
+
+def rows(*, device: torch.device, rounds: int = 7) -> list[Row]:
+    """Everything about updates."""
+    cases = (MLP, LARGE) if device.type == "cuda" else (MLP, CNN)
+    return [
+        row for case in cases for row in compare(case, device=device, rounds=rounds)
+    ]

@@ -7,7 +7,8 @@
 #   make test        tests without `slow` and `gpu`; make test-all has them all
 #   make coverage    make test, and how much of torchrl_rpd the tests ran
 #   make lint        formatting, lint and types; make format repairs the first two
-#   make docs        the documentation, in docs/_build/html; a warning is an error
+#   make docs        the documentation, in docs/_build/html, and its examples run;
+#                    a warning is an error
 #   make wheel       the wheel, in dist/
 #   make check-wheel the wheel in an empty environment, newest and minimum torchrl
 #   make clean       remove the environment and caches (results in runs/ stay)
@@ -89,6 +90,8 @@ format: $(INSTALLED)
 # One thread: the tutorials run small models, beside worker processes.
 docs: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b doctest \
+	    -d docs/_build/html/.doctrees docs docs/_build/doctest
 	@echo "docs: $$(find docs/_build/html -name '*.html' | wc -l) pages, no warning"
 
 # What an earlier build left in build/ would be packed as well.

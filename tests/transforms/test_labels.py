@@ -106,6 +106,11 @@ def test_a_no_op_is_no_reason_to_raise() -> None:
     assert not out["teacher_mask"].any() and stats["no_ops"] == 1
 
 
+def test_no_op_norm_needs_more_than_a_gripper() -> None:
+    with pytest.raises(ValueError, match=r"one entry.*no_op_norm=None"):
+        run([[0.5]], no_op_norm=1e-4)
+
+
 @pytest.mark.parametrize("norm", [0.0, -1.0])
 def test_no_op_norm_out_of_range(norm: float) -> None:
     with pytest.raises(ValueError, match="no_op_norm"):

@@ -118,6 +118,11 @@ class LabelRules:
             )
         no_op = None
         if self.no_op_norm is not None:
+            if action.shape[-1] < 2:
+                raise ValueError(
+                    f"{name} gives actions of one entry, the gripper's for no_op_norm: "
+                    "every label would be a no-op. Use no_op_norm=None."
+                )
             no_op = (action[:, :-1].norm(dim=-1) < self.no_op_norm) & usable
             usable = usable & ~no_op
         clipped = None

@@ -28,6 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks._results import write_json
 from benchmarks.machine import machine
 from examples.demo import DEMO, REPOSITORY, RESULTS, Arm, final_seeds, make_env, train
 from examples.report import interval
@@ -139,14 +140,6 @@ def load(fresh: bool) -> dict[str, Any]:
     if RESULTS.exists() and not fresh:
         return json.loads(RESULTS.read_text())
     return {"arms": {}}
-
-
-def save(results: dict[str, Any]) -> None:
-    """Writes the results beside the old ones and moves them in place."""
-    partial = RESULTS.with_suffix(".part")
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(RESULTS)
 
 
 def across_seeds(values: list[float]) -> str:
@@ -295,7 +288,7 @@ def run_all(names: list[str], seeds: list[int], jobs: int, fresh: bool) -> None:
         runs = results["arms"][name]["runs"]
         runs.append(run)
         runs.sort(key=lambda r: r["seed"])
-        save(results)
+        write_json(RESULTS, results)
         success = Estimate(**run["student"])
         print(
             f"{name:<18} seed {seed}: {success}  {time.time() - start:.0f} s",

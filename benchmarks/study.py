@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks._results import write_json
 from benchmarks.machine import machine
 from benchmarks.study_groups import GROUPS
 from examples.report import (
@@ -89,12 +90,9 @@ def load(group: str) -> dict[str, Any]:
 
 
 def save(group: str, results: dict[str, Any]) -> None:
-    """Writes beside the old file and moves it in place."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    partial = file_of(group).with_suffix(".part")
+    """Keeps a group's results, the runs by name."""
     results["runs"] = dict(sorted(results["runs"].items()))
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(file_of(group))
+    write_json(file_of(group), results)
 
 
 def todo(groups: list[str], seeds: list[int] | None) -> list[Job]:

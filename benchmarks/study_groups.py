@@ -31,7 +31,9 @@ class Group:
     seeds: tuple[int, ...] = THREE
 
 
-_BEST = "task=pick_cube reward=sparse preset=best frames=200000"
+_DENSE = "preset=cpu frames=100000"
+_SPARSE = "preset=best frames=200000"
+_BEST = f"task=pick_cube reward=sparse {_SPARSE}"
 # The sparse arm of examples/demo.py, minutes per run.
 _SHORT = "task=pick_cube reward=sparse preset=cpu frames=80000"
 
@@ -54,8 +56,6 @@ def _task(task: str, reward: str, settings: str, teacher: str) -> Group:
     )
 
 
-_DENSE = "preset=cpu frames=100000"
-_SPARSE = "preset=best frames=200000"
 # Where each of them sees the cube, drawn per episode; the PickCube one is the default.
 _PUSH = "flaw=cube_per_episode teacher.cube_offset_std=0.03"
 _PULL = "flaw=cube_per_episode teacher.cube_offset_std=0.04"
@@ -94,7 +94,7 @@ GROUPS: dict[str, Group] = {
     ),
     "pick_cube_dense": Group(
         "PickCube-v1, dense reward, and PPO alone with five times the steps",
-        "task=pick_cube reward=dense preset=cpu frames=100000 flaw=cube_per_episode",
+        f"task=pick_cube reward=dense {_DENSE} flaw=cube_per_episode",
         {**CONTROLS, "ppo_five_times": "algo=ppo frames=500000"},
     ),
     "losses": Group(

@@ -15,10 +15,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+from public_api import public_names
 
 import torchrl_rpd
 
@@ -118,33 +118,13 @@ def test_docstring_example(example):
     assert not failed, "".join(report)
 
 
-def public_names(module: ModuleType) -> dict[str, object]:
-    """What a module offers: ``__all__``, or else what it defines without underscore."""
-    if hasattr(module, "__all__"):
-        return {name: getattr(module, name) for name in module.__all__}
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and getattr(value, "__module__", None) == module.__name__
-    }
-
-
 def public_objects() -> list:
-    """Classes and functions of the package, its sub-packages and top-level modules."""
-    places = [torchrl_rpd] + [
-        module
-        for module in MODULES
-        if not any(part.startswith("_") for part in module.__name__.split("."))
-        and (hasattr(module, "__path__") or module.__name__.count(".") == 1)
-    ]
-    found = {
-        f"{module.__name__}.{name}": value
-        for module in places
-        for name, value in public_names(module).items()
+    """Classes and functions among what the reference has to list."""
+    return [
+        pytest.param(value, id=name)
+        for name, value in sorted(public_names().items())
         if inspect.isclass(value) or inspect.isroutine(value)
-    }
-    return [pytest.param(value, id=name) for name, value in sorted(found.items())]
+    ]
 
 
 @pytest.mark.parametrize("public", public_objects())

@@ -10,18 +10,14 @@ import ast
 import doctest
 import importlib
 import re
-import sys
 from pathlib import Path
 
+import public_api
 import pytest
+import repository
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-sys.path.insert(0, str(DOCS / "_ext"))
-
-import public_api  # noqa: E402
-import repository  # noqa: E402
-
 PAGES = sorted(
     [*DOCS.glob("*.md"), DOCS / "results/index.md", DOCS / "reference/index.md"]
 )

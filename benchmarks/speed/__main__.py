@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torchrl._utils import logger
 
+from benchmarks._results import write_json
 from benchmarks.machine import machine_line
 from benchmarks.speed._turns import Row
 from torchrl_rpd import set_learner_threads
@@ -40,7 +41,7 @@ def measure(section: str, device: torch.device) -> list[Row]:
     return rows
 
 
-def page(results: dict[str, Any], command: str) -> str:
+def page(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
         "# Speed",
@@ -56,7 +57,7 @@ def page(results: dict[str, Any], command: str) -> str:
         lines += [f"## {title}", "", "| | ratio | bar | | |", "| --- " * 5 + "|"]
         lines += [f"| {' | '.join(cells)} |" for cells in found["rows"]]
         lines += ["", found["machine"] + ".", ""]
-    return "\n".join([*lines, f"Command: `{command}`.", ""])
+    return "\n".join([*lines, "Command: `python -m benchmarks.speed`.", ""])
 
 
 def main() -> None:
@@ -79,10 +80,8 @@ def main() -> None:
             "rows": [row.cells for row in rows],
             "machine": machine_line(),
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
-    text = page(results, "python -m benchmarks.speed")
-    args.out.with_suffix(".md").write_text(text)
+        write_json(args.out, results)
+    args.out.with_suffix(".md").write_text(page(results))
     print(f"wrote {args.out.with_suffix('.md')}")
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,29 +25,29 @@ class Row:
     Args:
         what (str): which two are compared.
         ratios (list of float): one per round: the first one's seconds over the second's.
-        bar (str): what the ratio should be.
-        met (bool, optional): whether the median is; None where there is no bar.
+        at_most (float, optional): the bar for the median.
+        at_least (float, optional): likewise.
         note (str): absolute figures, of this machine.
     """
 
     what: str
     ratios: list[float]
-    bar: str = ""
-    met: bool | None = None
+    at_most: float = math.inf
+    at_least: float = 0.0
     note: str = ""
-
-    @property
-    def median(self) -> float:
-        """Of the rounds."""
-        return statistics.median(self.ratios)
 
     @property
     def cells(self) -> list[str]:
         """Of a Markdown table."""
-        low, high = min(self.ratios), max(self.ratios)
-        verdict = {None: "", True: "met", False: "**missed**"}[self.met]
-        figures = f"{self.median:.2f} [{low:.2f}, {high:.2f}]"
-        return [self.what, figures, self.bar, verdict, self.note]
+        median = statistics.median(self.ratios)
+        figures = f"{median:.2f} [{min(self.ratios):.2f}, {max(self.ratios):.2f}]"
+        bar = (
+            f"at least {self.at_least:.2f}"
+            if self.at_least
+            else f"at most {self.at_most:.2f}"
+        )
+        met = self.at_least <= median <= self.at_most
+        return [self.what, figures, bar, "met" if met else "**missed**", self.note]
 
 
 def wait(device: torch.device) -> None:

@@ -36,11 +36,15 @@ def _heading_levels(text: str) -> list[int]:
     return levels
 
 
+def _page_name(path: Path) -> str:
+    """Of a result's page under results/generated."""
+    return path.relative_to(RESULTS).with_suffix("").as_posix().replace("/", "-")
+
+
 def result_pages() -> dict[str, str]:
     """Name under results/generated to the text of the page, for every committed result."""
     pages = {}
     for path in sorted([*RESULTS.glob("*.md"), *RESULTS.glob("study/*.md")]):
-        name = path.relative_to(RESULTS).with_suffix("").as_posix().replace("/", "-")
         levels = _heading_levels(path.read_text())
         title = path.stem.replace("_", " ").capitalize()
         lines: list[str] = []
@@ -58,7 +62,7 @@ def result_pages() -> dict[str, str]:
             "",
             f"*This page is the file `{inside}`.*",
         ]
-        pages[name] = "\n".join(lines) + "\n"
+        pages[_page_name(path)] = "\n".join(lines) + "\n"
     return pages
 
 
@@ -116,9 +120,7 @@ def rewrite_links(text: str, folder: Path, srcdir: Path) -> str:
         if path.is_dir():
             return label
         if path.suffix == ".md" and path.is_relative_to(RESULTS):
-            name = path.relative_to(RESULTS).with_suffix("").as_posix()
-            name = name.replace("/", "-")
-            return f"[{label}](/results/generated/{name}.md{anchor})"
+            return f"[{label}](/results/generated/{_page_name(path)}.md{anchor})"
         if path.suffix == ".py" and path.parent == srcdir / "tutorials":
             return f"[{label}](/auto_tutorials/{path.stem}.rst)"
         if path.suffix == ".md" and path.is_relative_to(srcdir):

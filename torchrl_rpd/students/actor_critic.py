@@ -16,6 +16,7 @@ from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from torch import nn
 
+from torchrl_rpd._safetensors import read_header, written_whole
 from torchrl_rpd.students.normalisation import RunningObservationNorm
 
 __all__ = ["ActorCritic"]
@@ -101,10 +102,8 @@ class ActorCritic:
             "config": json.dumps(self.config),
             "metadata": json.dumps({**self.metadata, **metadata}),
         }
-        # Written beside and moved: a run that is killed here leaves the old file whole.
-        partial = path.with_name(path.name + ".part")
-        save_model(self._container(), str(partial), metadata=header)
-        partial.replace(path)
+        with written_whole(path) as partial:
+            save_model(self._container(), partial, metadata=header)
 
     @staticmethod
     def load(path: str | Path) -> ActorCritic:
@@ -114,14 +113,9 @@ class ActorCritic:
             ValueError: if the file is no student of this package, or one that this
                 version cannot build.
         """
-        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_model
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}.") from None
+        header = read_header(path)
         if header.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} holds no student that ActorCritic.save wrote (format "

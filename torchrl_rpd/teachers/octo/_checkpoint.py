@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchrl_rpd._safetensors import written_whole
 from torchrl_rpd.teachers._hub import resolve_checkpoint
 from torchrl_rpd.teachers.octo._config import OctoConfig, T5Config
 from torchrl_rpd.teachers.octo._msgpack import read_arrays
@@ -86,10 +87,8 @@ def save_copy(
         "image_size": json.dumps(dict(config.image_size)),
         "text": json.dumps(dataclasses.asdict(config.text)),
     }
-    # Written beside and moved: an interrupted conversion leaves no broken copy.
-    partial = folder / f"{WEIGHTS}.part"
-    save_file(dict(state), str(partial), metadata=header)
-    partial.replace(folder / WEIGHTS)
+    with written_whole(folder / WEIGHTS) as partial:
+        save_file(dict(state), partial, metadata=header)
 
 
 def _load_copy(

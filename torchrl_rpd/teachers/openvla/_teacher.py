@@ -28,9 +28,7 @@ from torchrl_rpd.teachers.openvla._graphs import GraphedDecode
 from torchrl_rpd.teachers.openvla._load import load_parts
 from torchrl_rpd.teachers.openvla._model import NUM_BINS, Decoded, OpenVLAModel
 from torchrl_rpd.teachers.openvla._prompt import Prompts
-from torchrl_rpd.teachers.openvla._vision import (
-    IMAGE_SIZE,
-)
+from torchrl_rpd.teachers.openvla._vision import IMAGE_SIZE
 
 _FILES = ("*.json", "*.safetensors")
 

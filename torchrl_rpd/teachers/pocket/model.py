@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchrl.modules import MLP
 from torchrl.modules.vla import VLAWrapperBase
 
+from torchrl_rpd._safetensors import read_header, written_whole
 from torchrl_rpd.teachers._images import read_images
 from torchrl_rpd.teachers._instructions import read_instructions
 from torchrl_rpd.teachers._resize import PILResize
@@ -191,14 +192,13 @@ class PocketVLA(VLAWrapperBase):
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
         header = {
             "format": _FORMAT,
             "config": json.dumps(self.config),
             "metadata": json.dumps(metadata),
         }
-        save_model(self, str(partial), metadata=header)
-        partial.replace(path)
+        with written_whole(path) as partial:
+            save_model(self, partial, metadata=header)
 
 
 class _FiLMBlock(nn.Module):
@@ -224,25 +224,19 @@ def _places(features: Tensor) -> Tensor:
     return torch.cat([weights.sum(-2) @ x, weights.sum(-1) @ y], -1)
 
 
-def read_header(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_sizes(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sizes and metadata of a file that :meth:`PocketVLA.save` wrote.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is another kind of file.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: examples/train_pocket_vla.py writes one."
         )
-    try:
-        with safe_open(str(path), "pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}.") from None
+    header = read_header(path)
     if header.get("format") != _FORMAT:
         raise ValueError(
             f"{path} holds no pocket VLA (format {header.get('format')!r} instead of "

@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
-from torchrl_rpd.teachers.pocket.model import PocketVLA, read_header
+from torchrl_rpd.teachers.pocket.model import PocketVLA, read_sizes
 
 __all__ = ["POCKET_INSTRUCTIONS", "PocketVLATeacher"]
 
@@ -92,7 +92,7 @@ class PocketVLATeacher(PocketVLA):
                 )
             instruction = POCKET_INSTRUCTIONS[task_id]
         file = _WEIGHTS if path is None else Path(path)
-        config, self.metadata = read_header(file)
+        config, self.metadata = read_sizes(file)
         super().__init__(
             **config,
             instruction=instruction,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torchrl.envs.utils import _classproperty
 
 from torchrl_rpd.envs import _specs
 from torchrl_rpd.envs._build import registered_tasks
+from torchrl_rpd.envs._garbage import one_collection
 from torchrl_rpd.envs._observer import Entries, gather, observer_of
 from torchrl_rpd.envs._seeds import EpisodeSeeds
 from torchrl_rpd.envs._unwrap import (
@@ -244,9 +246,10 @@ class ManiSkillWrapper(_EnvWrapper):
         current = {key: value.clone() for key, value in self._current.items()}
         # One environment of many scenes, or many of one.
         groups = [(0, rows)] if len(self._env) == 1 else [(r, [r]) for r in rows]
-        for index, group in groups:
-            if group:
-                self._reset_rows(self._env[index], group, current)
+        with one_collection() if self._to_rebuild else nullcontext():
+            for index, group in groups:
+                if group:
+                    self._reset_rows(self._env[index], group, current)
         self._current = current
         return self._with_instruction(TensorDict(current, batch_size=self.batch_size))
 

@@ -205,24 +205,27 @@ class DistillMixin(PPOLoss):
 
         error, counted = self._row_error(tensordict, student, labelled, active)
         error = torch.where(counted, error, 0.0)
-        total = error
+        number = counted.sum()
+        at_least_one = number.clamp_min(1)
+        mean_error = error.sum() / at_least_one
         if self.ratio_weighted:
             weight = gate(log_weight, counted & active).exp()
-            total = error * torch.where(
+            error = error * torch.where(
                 counted, weight.clamp_min(1 - self._lower_clip), 0.0
             )
-        number = counted.sum()
-        if self.reduction != "none":
-            total = total.sum()
-        if self.reduction == "mean":
-            total = total / number.clamp_min(1)
+        if self.reduction == "none":
+            total = error
+        elif self.reduction == "sum":
+            total = error.sum()
+        else:
+            total = error.sum() / at_least_one if self.ratio_weighted else mean_error
         with torch.no_grad():
             n_valid = valid.sum().clamp_min(1)
             # At least single precision: the two terms almost cancel.
             exact = log_weight.to(torch.promote_types(log_weight.dtype, torch.float32))
             k3 = torch.where(valid, exact.expm1() - exact, 0.0)
             diagnostics = {
-                "distill_error": error.sum() / number.clamp_min(1),
+                "distill_error": mean_error.detach(),
                 "distill_coverage": number / n_valid,
                 "kl_k3": k3.sum() / n_valid,
             }

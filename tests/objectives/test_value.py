@@ -364,12 +364,33 @@ class TestHost:
         gae = estimator("always", network)
         torch.testing.assert_close(gae(data, params=params)["advantage"], expected)
 
-    @pytest.mark.parametrize("options", [{"num_chunks": 3}, {"deactivate_vmap": True}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"num_chunks": 3},
+            {"value_chunk_size": 4},
+            {"value_chunk_size": 3, "value_chunk_dim": 1},
+            {"deactivate_vmap": True},
+        ],
+    )
     def test_ways_to_call_the_critic(self, options):
         data = rollout((6, 10))
-        expected = estimator("always", critic())(data.copy())["advantage"]
-        got = estimator("always", critic(), **options)(data)["advantage"]
-        torch.testing.assert_close(got, expected)
+        expected = estimator("always", critic())(data.copy())
+        got = estimator("always", critic(), **options)(data)
+        for key in ("advantage", "state_value", ("next", "state_value")):
+            torch.testing.assert_close(got[key], expected[key])
+
+    def test_chunks_are_all_that_the_critic_sees(self):
+        """Nothing larger than a chunk is made: a batch of pictures fills the memory."""
+        network, seen = critic(), []
+        network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        data = rollout((6, 10))
+        estimator("always", network, value_chunk_size=2)(data)
+        assert [td.shape for td in seen] == 6 * [torch.Size([2, 10])]
+        shared = data["observation"].untyped_storage().data_ptr()
+        assert all(
+            td["observation"].untyped_storage().data_ptr() == shared for td in seen[:3]
+        )
 
     def test_shifted_cuts_where_rows_are_dropped(self):
         network = critic()
@@ -386,7 +407,8 @@ class TestHost:
         torch.testing.assert_close(got["advantage"][:n], expected)
         assert not torch.allclose(expected, whole[:n])
 
-    def test_missing_next_observations(self):
+    @pytest.mark.parametrize("options", [{}, {"value_chunk_size": 2}])
+    def test_missing_next_observations(self, options):
         # Collectors that compact observations leave NaN at the end of an episode;
         # stock TorchRL then takes the observation before it.
         network = critic()
@@ -396,7 +418,7 @@ class TestHost:
         data["next", "observation"] = nan
         stale = torch.full((3, 20, 1), 1e6, dtype=torch.float64)
         data["state_value"] = data["next", "state_value"] = stale
-        gae = estimator("always", network)
+        gae = estimator("always", network, **options)
         filled = data.copy()
         filled["next", "observation"] = torch.where(ended, data["observation"], nan)
         expected = gae(filled)["advantage"]

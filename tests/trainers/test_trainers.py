@@ -280,6 +280,15 @@ class TestSchedule:
             DistillCoeffSchedule(Run().loss, **kwargs)
 
 
+def test_minibatches_are_drawn_from_the_batch_itself():
+    """Pictures fill the memory: there is no second copy of them."""
+    data = OnPolicyMinibatches(lambda td: td, 4)
+    batch = TensorDict(x=torch.zeros(2, 5), batch_size=[2, 5])
+    data.prepare(batch)
+    batch["x"].fill_(7)
+    assert (data.sample(batch)["x"] == 7).all()
+
+
 def test_minibatches_are_permutations_of_the_batch():
     data = OnPolicyMinibatches(lambda td: td, 4, drop_keys=["big"])
     batch = TensorDict(

@@ -299,4 +299,8 @@ def make_rpd_trainer(
 
 
 def _collector(**kwargs: Any) -> Collector:
-    return Collector(**kwargs, auto_register_policy_transforms=False)
+    # The same tensors for every batch: nothing here keeps one until the next, and a copy
+    # of the pictures would double the memory.
+    return Collector(
+        **kwargs, return_same_td=True, auto_register_policy_transforms=False
+    )

@@ -198,12 +198,47 @@ class FiniteHorizonGAE(GAE):
     def _call_value_nets(
         self, data: TensorDictBase, *args: Any, value_key: NestedKey, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        values = super()._call_value_nets(data, *args, value_key=value_key, **kwargs)
+        given = (kwargs.get(name) for name in ("params", "next_params", "value_net"))
+        chunked = self.value_chunk_size is not None or self.num_chunks is not None
+        if (
+            chunked
+            and not kwargs.get("single_call")
+            and all(net is None for net in given)
+            and "is_init" not in data
+        ):
+            values = self._chunked_values(data, value_key)
+        else:
+            values = super()._call_value_nets(
+                data, *args, value_key=value_key, **kwargs
+            )
         # Where next observations hold NaN the parent works on a copy of data, so that
         # data itself lacks the values (or keeps older ones).
         data.set(value_key, values[0])
         data.set(("next", value_key), values[1])
         return values
+
+    def _chunked_values(
+        self, data: TensorDictBase, value_key: NestedKey
+    ) -> tuple[Tensor, Tensor, None]:
+        """The parent's values of both observations, without its copy of them.
+
+        It stacks all observations and the next ones before it makes chunks, which
+        doubles the memory of a batch of pictures.
+        """
+        keys = self.value_network.in_keys
+        data = self._sanitize_next_obs_nan(data, keys)
+        dim = self._resolve_value_chunk_dim(data.ndim)
+        value, next_value = (
+            torch.cat(
+                [
+                    self.value_network(chunk).get(value_key)
+                    for chunk in self._split_value_net_input(part.select(*keys))
+                ],
+                dim,
+            )
+            for part in (data, data.get("next"))
+        )
+        return value, next_value.detach(), None
 
     def _finite_horizon(
         self, tensordict: TensorDictBase, time_dim: int, valid: Tensor | None

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import (
-    LazyTensorStorage,
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
+    TensorStorage,
 )
 from torchrl.trainers import Trainer
 
@@ -23,9 +23,10 @@ from torchrl_rpd.trainers.target_kl import TargetKLStepper
 class OnPolicyMinibatches(StatelessHook):
     """Prepares each collected batch for its epochs.
 
-    The advantages are computed once per batch, with the critic that saw the rollout, and
-    the batch is copied into the buffer once; the stock trainer does both again in every
-    epoch. Each epoch is one permutation of the whole batch.
+    The advantages are computed once per batch, with the critic that saw the rollout; the
+    stock trainer does it again in every epoch, and copies the batch to the CPU each time.
+    Here the minibatches are drawn from the batch itself, where it lies: nothing but a
+    minibatch is copied. Each epoch is one permutation of the whole batch.
 
     Args:
         gae: writes the advantage, e.g. :class:`~torchrl_rpd.objectives.FiniteHorizonGAE`.
@@ -33,7 +34,7 @@ class OnPolicyMinibatches(StatelessHook):
 
     Keyword Args:
         drop_keys (sequence of NestedKey): entries that the loss does not read, left out
-            of the buffer once the advantages are there, e.g. the ``"next"`` images.
+            of the minibatches, e.g. the ``"next"`` images.
             Default: ``()``.
         stepper (TargetKLStepper, optional): when it has stopped, the epochs end.
 
@@ -66,19 +67,15 @@ class OnPolicyMinibatches(StatelessHook):
         self._epoch: Iterator[TensorDictBase] | None = None
 
     def prepare(self, batch: TensorDictBase) -> TensorDictBase:
-        """Computes the advantages of ``[*B, T]`` and fills the buffer."""
+        """Computes the advantages of ``[*B, T]``, from which minibatches are drawn."""
         # A copy of the structure: the collector re-uses its batch.
         batch = self.gae(batch.copy())
         rows = batch.exclude(*self.drop_keys).reshape(-1)
-        if self.replay_buffer is None:
-            self.replay_buffer = TensorDictReplayBuffer(
-                storage=LazyTensorStorage(rows.numel()),
-                sampler=SamplerWithoutReplacement(drop_last=False),
-                batch_size=self.minibatch_size,
-            )
-        # Also forgets what is left of a permutation that was not finished.
-        self.replay_buffer.empty()
-        self.replay_buffer.extend(rows)
+        self.replay_buffer = TensorDictReplayBuffer(
+            storage=TensorStorage(rows, device="auto"),
+            sampler=SamplerWithoutReplacement(drop_last=False),
+            batch_size=self.minibatch_size,
+        )
         self._epoch = None
         if self.stepper is not None:
             self.stepper.begin()

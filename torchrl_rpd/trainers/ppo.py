@@ -44,10 +44,10 @@ def make_ppo_trainer(
 
     - ``optim_steps_per_batch=None``: a number equal to the minibatches of an epoch
       silently skips every second epoch.
-    - GAE and the buffer are filled once per batch by
-      :class:`~torchrl_rpd.trainers.OnPolicyMinibatches`; the trainer's own wiring
-      recomputes the advantages with the updated critic and copies the batch in every
-      epoch, and writes the buffer into every checkpoint.
+    - GAE is done once per batch, and the minibatches are drawn from the batch where it
+      lies, by :class:`~torchrl_rpd.trainers.OnPolicyMinibatches`; the trainer's own
+      wiring recomputes the advantages with the updated critic and copies the batch in
+      every epoch, and writes the buffer into every checkpoint.
     - There is no target KL in the trainer: see
       :class:`~torchrl_rpd.trainers.TargetKLStepper`, which also logs the losses of all
       epochs where the trainer averages the last one only.

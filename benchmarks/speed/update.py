@@ -38,6 +38,7 @@ def trainer_of(
     *,
     loss_class: type[ClipPPOLoss],
     device: torch.device,
+    compile: bool = False,
 ) -> PPOTrainer:
     """A trainer over noise whose labels are zeros."""
     torch.manual_seed(0)
@@ -81,6 +82,7 @@ def trainer_of(
         total_frames=case.rows,
         minibatch_size=case.minibatch,
         num_epochs=1,
+        compile=compile,
         clip_norm=NORM,
         target_kl=None,
         drop_keys=[("next", "observation")],
@@ -203,15 +205,26 @@ def student_of(case: Case) -> ActorCritic:
     return mlp_actor_critic(case.shape[0], 7, normalize_observation=False)
 
 
+SIDES = (
+    ("ours", DistillPPOLoss, False),
+    ("compiled", DistillPPOLoss, True),
+    ("ClipPPOLoss", ClipPPOLoss, False),
+)
+
+
 def compare(case: Case, *, device: torch.device, rounds: int) -> list[Row]:
     """Epochs of both losses and of the plain loop, in turns."""
     sides = {}
-    for loss_class in (DistillPPOLoss, ClipPPOLoss):
+    for name, loss_class, compiled in SIDES:
         trainer = trainer_of(
-            student_of(case), case, loss_class=loss_class, device=device
+            student_of(case),
+            case,
+            loss_class=loss_class,
+            device=device,
+            compile=compiled,
         )
         batch = next(iter(trainer.collector))
-        sides[loss_class.__name__] = epoch_of(trainer, batch)
+        sides[name] = epoch_of(trainer, batch)
     plain = Plain(case.shape, device)
     prepared = trainer._process_batch_hook(batch).reshape(-1)
     picture = len(case.shape) == 3
@@ -227,18 +240,25 @@ def compare(case: Case, *, device: torch.device, rounds: int) -> list[Row]:
     data = {name: value.clone() for name, value in data.items()}
     sides["plain"] = lambda: plain.epoch(data, case.minibatch)
     seconds = in_turns(sides, rounds=rounds, device=device)
-    ours, _, theirs = (1e3 * statistics.median(times) for times in seconds.values())
+    ms = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
     return [
         Row(
             f"{case.name}: DistillPPOLoss / ClipPPOLoss, same trainer",
-            ratios(seconds["DistillPPOLoss"], seconds["ClipPPOLoss"]),
+            ratios(seconds["ours"], seconds["ClipPPOLoss"]),
             at_most=1.05,
+            note=f"{ms['ours']:,.0f} and {ms['ClipPPOLoss']:,.0f} ms",
         ),
         Row(
             f"{case.name}: an epoch / a loop in plain torch",
-            ratios(seconds["DistillPPOLoss"], seconds["plain"]),
+            ratios(seconds["ours"], seconds["plain"]),
             at_most=case.limit,
-            note=f"{ours:,.0f} and {theirs:,.0f} ms",
+            note=f"{ms['ours']:,.0f} and {ms['plain']:,.0f} ms",
+        ),
+        Row(
+            f"{case.name}: an epoch with compile=True / a loop in plain torch",
+            ratios(seconds["compiled"], seconds["plain"]),
+            at_most=1.0,
+            note=f"{ms['compiled']:,.0f} and {ms['plain']:,.0f} ms",
         ),
     ]
 

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from torch.nn.utils import parameters_to_vector
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, StepCounter, TransformedEnv
 from torchrl.trainers.algorithms import PPOTrainer
@@ -116,6 +117,19 @@ def test_rpd_ends_better_than_its_teacher():
     assert teacher.success_at_end.mean == 0.0
     assert student.success_at_end.mean > 0.5
     assert student.episode_return.mean > teacher.episode_return.mean
+
+
+@pytest.mark.slow  # a minute of compilation
+def test_compiled_updates_are_the_same_but_for_rounding():
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        run = Run(batches=2, compile=compiled)
+        names = set(run.loss.state_dict())
+        run.trainer.train()
+        assert set(run.loss.state_dict()) == names
+        weights.append(parameters_to_vector(run.student.actor.parameters()))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
 def test_imitation_alone_becomes_the_teacher():

@@ -78,6 +78,7 @@ class RPDTrainerConfig(TrainerConfig):
     target_kl: float | None = 0.2
     kl_rule: str = "stop"
     anneal_from: float | None = None
+    compile: bool = False
     loss_components: Any = None
     drop_keys: list[Any] = field(default_factory=list)
     lr_scheduler: Any = None

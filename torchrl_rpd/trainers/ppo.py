@@ -33,6 +33,7 @@ def make_ppo_trainer(
     target_kl: float | None = 0.2,
     kl_rule: KLRule = "stop",
     anneal_from: float | None = None,
+    compile: bool = False,
     loss_components: Sequence[str] | None = None,
     drop_keys: Sequence[NestedKey] = (),
     **kwargs: Any,
@@ -71,6 +72,9 @@ def make_ppo_trainer(
         kl_rule (str): ``"stop"`` (released), ``"distill_only"`` or ``"adaptive_lr"``.
         anneal_from (float, optional): share of ``total_frames`` from which the learning
             rate falls to 0. Default: never, the released code.
+        compile (bool): whether the loss runs through ``torch.compile``: a minute before
+            the first update, then about three quarters of the time for small networks
+            on a CPU. Rounds differently. Default: ``False``.
         loss_components (sequence of str, optional): the loss entries that count, see
             :class:`~torchrl_rpd.trainers.TargetKLStepper`. Default: all.
         drop_keys (sequence of NestedKey): entries that the loss does not read.
@@ -152,6 +156,8 @@ def make_ppo_trainer(
             auto_log_optim_steps=False,
             **kwargs,
         )
+    if compile:
+        loss_module.compile()  # in place: the names in the state_dict stay
     trainer._last_log = {}
     trainer._last_save = trainer._optim_count = trainer.collected_frames = 0
 

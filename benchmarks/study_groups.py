@@ -62,6 +62,15 @@ _PUSH = "flaw=cube_per_episode teacher.cube_offset_std=0.03"
 _PULL = "flaw=cube_per_episode teacher.cube_offset_std=0.04"
 _STACK = "flaw=cube_per_episode teacher.cube_offset_std=0.016"
 
+# The released configuration with the student, the teacher and the simulator that
+# preset=best has here, for seconds and steps beside it.
+_RELEASED = (
+    "preset=paper teacher=scripted student=mlp frames=200000 env.num_envs=128 "
+    "env.fast_controller=true collector.no_cuda_sync=false evaluation.interval=10000 "
+    "evaluation.episodes=16 evaluation.env_overrides.num_envs=16 "
+    "checkpoint.every=64000 episodes=200"
+)
+
 # The teacher's success rate with flaw=goal, of benchmarks/results/demo_full.md.
 _RATIO = "schedule.teacher_score=0.28 schedule.score_key=success"
 _SWITCH = "schedule.switch_off_score=0.5 schedule.score_key=success"
@@ -79,6 +88,11 @@ GROUPS: dict[str, Group] = {
         "preset=best, PickCube-v1, sparse reward: PPO alone",
         f"{_BEST} flaw=none",
         {"ppo": "algo=ppo"},
+    ),
+    "released_goal": Group(
+        "preset=paper, PickCube-v1, sparse reward: the goal is seen 26 mm too high",
+        f"task=pick_cube reward=sparse {_RELEASED} flaw=goal",
+        {"released": "algo=rpd"},
     ),
     "push_cube_dense": _task("push_cube", "dense", _DENSE, _PUSH),
     "push_cube_sparse": _task("push_cube", "sparse", _SHORT_SPARSE, _PUSH),

@@ -134,6 +134,7 @@ def main() -> None:
             frames_per_batch=batch,
             total_frames=args.frames,
             no_cuda_sync=True,
+            return_same_td=True,  # no second copy of the pictures
             auto_register_policy_transforms=False,
         ),
         loss_module=loss,

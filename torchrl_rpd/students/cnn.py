@@ -139,9 +139,10 @@ def cnn_actor_critic(
     .. note::
         Images fill the memory: 128 envs with 50 steps at 256x256 are 1.26 GB in bytes,
         and four times that as the float32 input of the encoder. Leave those of
-        ``"next"`` out of the replay buffer (``drop_keys=[("next", "observation")]`` in
-        :func:`~torchrl_rpd.trainers.make_ppo_trainer`), and let GAE go through some
-        envs at a time (``value_chunk_size``, along the first dimension).
+        ``"next"`` out of the minibatches (``drop_keys=[("next", "observation")]`` in
+        :func:`~torchrl_rpd.trainers.make_ppo_trainer`), let GAE go through some envs at
+        a time (``value_chunk_size``, along the first dimension), and have the collector
+        yield the rollout itself instead of a copy (``return_same_td=True``).
 
     Args:
         image_size (int or tuple of int): height and width, or one number for both; at

@@ -78,7 +78,7 @@ class RPDTrainerConfig(TrainerConfig):
     target_kl: float | None = 0.2
     kl_rule: str = "stop"
     anneal_from: float | None = None
-    compile: bool = False
+    compile: Any = False
     loss_components: Any = None
     drop_keys: list[Any] = field(default_factory=list)
     lr_scheduler: Any = None
@@ -197,7 +197,9 @@ def make_rpd_trainer(
         a ``PPOTrainer``, with its parts as the attribute ``parts`` (:class:`RPDParts`).
 
     Raises:
-        ValueError: for ``jump_start`` with a loss that normalises advantages itself.
+        ValueError: for ``jump_start`` with a loss that normalises advantages itself or
+            with a ``teacher_action`` that is deferred; for one that is and a collector
+            with a ``postproc`` of its own.
 
     Examples:
         >>> from functools import partial
@@ -263,6 +265,7 @@ def make_rpd_trainer(
             policy=student.actor,
             frames_per_batch=num_envs * steps_per_batch,
             total_frames=total_frames,
+            **_fetching(transform, collector),
         ),
         loss_module=loss,
         optimizer=adam,
@@ -279,6 +282,9 @@ def make_rpd_trainer(
         **with_keys({"drop_keys": drop_keys}, several=("drop_keys",)),
         **kwargs,
     )
+    # Until here a deferred teacher has looked at the collector's first reset. It is the
+    # caller's again, to be examined before the training.
+    transform.stats()
     registered: list[Any] = [] if schedule is None else [schedule]
     if student.observation_norm is not None:
         key = student.actor.in_keys[0]
@@ -297,6 +303,18 @@ def make_rpd_trainer(
         evaluation=evaluations[0] if evaluations else None,
     )
     return trainer
+
+
+def _fetching(transform: TeacherActionTransform, collector: Any) -> dict[str, Any]:
+    """Labels that are made in the background are fetched by the collector."""
+    if not transform.deferred:
+        return {}
+    if getattr(collector, "keywords", {}).get("postproc") is not None:
+        raise ValueError(
+            "With teacher_action.deferred=true the teacher's transform is the collector's "
+            "postproc: leave collector.postproc out."
+        )
+    return {"postproc": transform}
 
 
 def _collector(**kwargs: Any) -> Collector:

@@ -33,7 +33,7 @@ def make_ppo_trainer(
     target_kl: float | None = 0.2,
     kl_rule: KLRule = "stop",
     anneal_from: float | None = None,
-    compile: bool = False,
+    compile: bool | dict[str, Any] = False,
     loss_components: Sequence[str] | None = None,
     drop_keys: Sequence[NestedKey] = (),
     **kwargs: Any,
@@ -72,9 +72,11 @@ def make_ppo_trainer(
         kl_rule (str): ``"stop"`` (released), ``"distill_only"`` or ``"adaptive_lr"``.
         anneal_from (float, optional): share of ``total_frames`` from which the learning
             rate falls to 0. Default: never, the released code.
-        compile (bool): whether the loss runs through ``torch.compile``: a minute before
-            the first update, then about three quarters of the time for small networks
-            on a CPU. Rounds differently. Default: ``False``.
+        compile (bool or dict): whether the loss runs through ``torch.compile``, with
+            the entries of a dictionary as its arguments, e.g.
+            ``{"mode": "reduce-overhead"}`` for CUDA graphs (*not run here*). A minute
+            before the first update, then about three quarters of the time for small
+            networks on a CPU. Rounds differently. Default: ``False``.
         loss_components (sequence of str, optional): the loss entries that count, see
             :class:`~torchrl_rpd.trainers.TargetKLStepper`. Default: all.
         drop_keys (sequence of NestedKey): entries that the loss does not read.
@@ -157,7 +159,8 @@ def make_ppo_trainer(
             **kwargs,
         )
     if compile:
-        loss_module.compile()  # in place: the names in the state_dict stay
+        # In place: the names in the state_dict stay.
+        loss_module.compile(**(compile if isinstance(compile, dict) else {}))
     trainer._last_log = {}
     trainer._last_save = trainer._optim_count = trainer.collected_frames = 0
 

@@ -404,6 +404,13 @@ class TestBadInput:
         with pytest.raises(KeyError, match=r"TeacherActionTransform.*set_keys"):
             DistillPPOLoss(actor, critic)(data)
 
+    def test_labels_that_were_never_fetched(self, build):
+        actor, critic = build.actor(), build.critic()
+        data = build.minibatch(actor)
+        data["teacher_ticket"] = torch.ones(12, 1, dtype=torch.int64)
+        with pytest.raises(RuntimeError, match="postproc=transform"):
+            DistillPPOLoss(actor, critic)(data)
+
     @pytest.mark.parametrize("shape", [(12, 6), (12, 1), (12,), (12, 1, 7)])
     def test_label_of_the_wrong_shape(self, build, shape):
         actor, critic = build.actor(), build.critic()

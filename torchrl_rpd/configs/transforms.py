@@ -59,6 +59,8 @@ class TeacherActionTransformConfig(TransformConfig):
     on_non_finite: str = "mask"
     no_op_norm: float | None = None
     seed: int = 0
+    deferred: bool = False
+    teacher_ticket_key: Any = "teacher_ticket"
     _target_: str = "torchrl_rpd.configs.transforms.make_teacher_action"
     _convert_: str = "all"
     _partial_: bool = False
@@ -72,6 +74,7 @@ def make_teacher_action(**kwargs: Any) -> TeacherActionTransform:
             "teacher_action_key",
             "teacher_mask_key",
             "teacher_std_key",
+            "teacher_ticket_key",
             "action_key",
             "always_query_key",
         ),

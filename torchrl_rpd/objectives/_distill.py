@@ -280,6 +280,12 @@ class DistillMixin(PPOLoss):
         name: Literal["teacher_action", "teacher_std"],
         mean: Tensor,
     ) -> Tensor:
+        if "teacher_ticket" in tensordict.keys():
+            raise RuntimeError(
+                "These frames wait for labels that were never fetched: with "
+                "TeacherActionTransform(..., deferred=True) give the transform to the "
+                "collector as well, Collector(..., postproc=transform)."
+            )
         key = getattr(self.tensor_keys, name)
         label = tensordict.get(key, None)
         if label is None:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from torchrl.envs.transforms import Transform
 
+from torchrl_rpd.transforms._deferred import LabelQueue
 from torchrl_rpd.transforms._handle import TeacherHandle
 from torchrl_rpd.transforms._labeller import Labeller
 from torchrl_rpd.transforms._placement import enclosing_env
@@ -43,6 +44,28 @@ class LabellingTransform(Transform):
     def replan_interval(self) -> int:
         """For how many steps a chunk is followed."""
         return self._labeller.replan_interval
+
+    @property
+    def max_outstanding(self) -> int:
+        """With ``deferred=True``, how many steps may wait for their labels.
+
+        More is an error: they are fetched too late, or never. A step with a reset counts
+        twice. 1000 unless set.
+
+        Raises:
+            RuntimeError: without ``deferred=True``.
+        """
+        return self._queue().limit
+
+    @max_outstanding.setter
+    def max_outstanding(self, value: int) -> None:
+        self._queue().limit = value
+
+    def _queue(self) -> LabelQueue:
+        queue = self._labeller.shared.queue
+        if queue is None:
+            raise RuntimeError("Nothing is outstanding without deferred=True.")
+        return queue
 
     # ------------------------------------------------------------------ switch, counts
     @property
@@ -88,12 +111,15 @@ class LabellingTransform(Transform):
             that reason),
             ``incomplete`` (rows left out because observations of their history were
             missed) and ``seconds`` (wall-clock time in the teacher; on an accelerator
-            the time to launch its work).
+            the time to launch its work). With ``deferred=True`` it waits for what is
+            under way: one call, after the labels of a batch were fetched.
         """
+        self._labeller.shared.finish()
         return self._labeller.shared.stats.read()
 
     def reset_stats(self) -> None:
         """Sets the counters to zero."""
+        self._labeller.shared.finish()
         self._labeller.shared.stats.reset()
 
     def pop_stats(self) -> TeacherStats:
@@ -109,6 +135,12 @@ class LabellingTransform(Transform):
         out._labeller = self._labeller.clone()
         return out
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is remembered of the envs is the background's as long as it works.
+        self._labeller.shared.finish()
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Collectors make a deep copy of their postproc and label with that: switch and
         # counters must stay those of the original. A copy of an env has its own.
@@ -121,6 +153,7 @@ class LabellingTransform(Transform):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Switch, generators, counters, chunks and history, for the ``state_dict``."""
+        self._labeller.shared.finish()
         teacher_rng = self._handle.get_rng_state()
         return {
             **({} if teacher_rng is None else {"teacher_rng": teacher_rng}),
@@ -132,7 +165,13 @@ class LabellingTransform(Transform):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`get_extra_state` returned."""
+        """Takes over what :meth:`get_extra_state` returned.
+
+        Labels that are outstanding stay those of the observations they are made of.
+        """
+        self._labeller.shared.finish()
+        if self._labeller.shared.queue is not None:
+            self._labeller.shared.queue.forgive()
         if "teacher_rng" in state:
             self._handle.set_rng_state(state["teacher_rng"])
         self._labeller.shared.enabled = bool(state["enabled"])

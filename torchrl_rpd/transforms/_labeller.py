@@ -16,18 +16,24 @@ from tensordict.utils import NestedKey
 
 from torchrl_rpd.transforms._box import ActionBox
 from torchrl_rpd.transforms._chunk_cache import ChunkCache
+from torchrl_rpd.transforms._deferred import LabelQueue
 from torchrl_rpd.transforms._history import HistoryWindow
 from torchrl_rpd.transforms._labels import LabelRules
 from torchrl_rpd.transforms._query import TeacherQuery
 from torchrl_rpd.transforms._stats import QueryStats
+from torchrl_rpd.transforms._tickets import redeem_tickets, write_tickets
 
 
 class LabelKeys(NamedTuple):
-    """Where labels are written; ``std`` is None where no spread is stored."""
+    """Where labels are written.
+
+    ``std`` is None where no spread is stored, ``ticket`` where nothing is deferred.
+    """
 
     action: NestedKey
     mask: NestedKey
     std: NestedKey | None
+    ticket: NestedKey | None
 
 
 class Shared:
@@ -35,13 +41,20 @@ class Shared:
 
     Args:
         seed (int): of the generator that draws which rows are asked about.
+        deferred (bool): whether labels of envs are made in the background.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, deferred: bool) -> None:
         # In shared memory, for processes that are forked.
         self._enabled = torch.ones((), dtype=torch.bool).share_memory_()
         self.stats = QueryStats()
         self.generator = torch.Generator().manual_seed(seed)
+        self.queue = LabelQueue() if deferred else None
+
+    def finish(self) -> None:
+        """Waits for what is under way in the background."""
+        if self.queue is not None:
+            self.queue.drain()
 
     @property
     def enabled(self) -> bool:
@@ -102,7 +115,7 @@ class Labeller:
             raise ValueError(
                 f"history_window must be at least 1, got {history_window}."
             )
-        self.shared = Shared(seed)
+        self.shared = Shared(seed, deferred=keys.ticket is not None)
         self.query_fraction = query_fraction
         self.always_query_key = always_query_key
         self.replan_interval = replan_interval
@@ -120,6 +133,8 @@ class Labeller:
         self._history_known = False  # it takes the teacher to know
         self._num_envs: int | None = None
         self._loaded: dict[str, Any] = {}
+        # Of every env the highest ticket whose label was fetched.
+        self._fetched = torch.zeros(0, dtype=torch.int64)
 
     def clone(self) -> Labeller:
         """One for other envs, with the same teacher, switch and counters."""
@@ -131,6 +146,11 @@ class Labeller:
     def converts(self) -> bool:
         """Whether the teacher's actions are converted to those of the env."""
         return self._rules.action_transform is not None
+
+    @property
+    def _label_keys(self) -> list[NestedKey]:
+        keys = (self._keys.action, self._keys.mask, self._keys.std)
+        return [key for key in keys if key is not None]
 
     # ------------------------------------------------------------------ which rows
     def label_env(
@@ -162,9 +182,71 @@ class Labeller:
         self.shared.stats.see(candidates)
         if not self.shared.enabled:
             # Nobody looks: what comes later has a gap here.
+            self.shared.finish()
             self._forget()
-            return self._write_nothing(tensordict, candidates, box)
+            self._write_nothing(tensordict, candidates, box)
+            if self._keys.ticket is not None:
+                write_tickets(tensordict, self._keys.ticket, None, candidates.device)
+            return tensordict
         history = self._resolve_history()
+        if self.shared.queue is None:
+            return self._label(tensordict, candidates, observed, box, fresh)
+        also = () if history is None else history.keys
+        return self._defer(
+            self.shared.queue, tensordict, candidates, observed, box, fresh, also
+        )
+
+    def _defer(
+        self,
+        queue: LabelQueue,
+        tensordict: TensorDictBase,
+        candidates: torch.Tensor,
+        observed: torch.Tensor | None,
+        box: ActionBox,
+        fresh: bool,
+        also: Sequence[NestedKey],
+    ) -> TensorDictBase:
+        """Writes tickets; what is seen now is labelled in the background."""
+        # Built here: that draws from the global generator, as whoever steps the envs.
+        _ = self._ask.handle.teacher
+        # Copies of all: an env may show its next picture in the same memory.
+        seen = self._ask.observed(tensordict, also).clone()
+        if self.query_fraction < 1.0 and self.always_query_key is not None:
+            seen.set(self.always_query_key, self._always(tensordict).clone())
+        rows = candidates.clone()
+        shown = rows if observed is candidates else observed
+        if shown is not None and shown is not rows:
+            shown = shown.clone()
+
+        def work() -> TensorDictBase:
+            labelled = self._label(seen, rows, shown, box, fresh)
+            return labelled.select(*self._label_keys).reshape(-1)
+
+        tickets = queue.submit(work, self._fetched, candidates.device)
+        self._write_nothing(tensordict, candidates, box)
+        assert self._keys.ticket is not None
+        return write_tickets(tensordict, self._keys.ticket, tickets, candidates.device)
+
+    def redeem(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Replaces the tickets of frames by their labels; written into.
+
+        Raises:
+            RuntimeError: see :meth:`LabelQueue.fetch`.
+        """
+        assert self.shared.queue is not None and self._keys.ticket is not None
+        return redeem_tickets(
+            tensordict, self._keys.ticket, self._label_keys, self.shared.queue
+        )
+
+    def _label(
+        self,
+        tensordict: TensorDictBase,
+        candidates: torch.Tensor,
+        observed: torch.Tensor | None,
+        box: ActionBox,
+        fresh: bool,
+    ) -> TensorDictBase:
+        num_envs, history = tensordict.batch_size.numel(), self._history
         rows = _indices(candidates)
         if history is not None:
             if observed is None:
@@ -203,6 +285,7 @@ class Labeller:
                 "replan_interval > 1 follows each env step by step and needs the "
                 "transform in the env; on stored frames use replan_interval=1."
             )
+        self.shared.finish()
         self.shared.stats.see(candidates)
         if not self.shared.enabled:
             return self._write_nothing(tensordict, candidates, box)
@@ -228,15 +311,19 @@ class Labeller:
         chance = torch.rand(rows.numel(), generator=self.shared.generator)
         drawn = chance < self.query_fraction
         if self.always_query_key is not None:
-            wanted = tensordict.get(self.always_query_key, None)
-            if wanted is None:
-                raise KeyError(
-                    f"always_query_key={self.always_query_key!r} is not there; found "
-                    f"{sorted(tensordict.keys(True, True), key=str)}. Place what "
-                    "writes it, e.g. JumpStartTransform, before this transform."
-                )
-            drawn |= wanted.reshape(-1).cpu()[rows]
+            drawn |= self._always(tensordict).reshape(-1).cpu()[rows]
         return rows[drawn]
+
+    def _always(self, tensordict: TensorDictBase) -> torch.Tensor:
+        assert self.always_query_key is not None
+        wanted: torch.Tensor | None = tensordict.get(self.always_query_key, None)
+        if wanted is None:
+            raise KeyError(
+                f"always_query_key={self.always_query_key!r} is not there; found "
+                f"{sorted(tensordict.keys(True, True), key=str)}. Place what "
+                "writes it, e.g. JumpStartTransform, before this transform."
+            )
+        return wanted
 
     # ------------------------------------------------------------------ answers
     def _fresh_answers(
@@ -330,14 +417,17 @@ class Labeller:
                 self._loaded = {}
             if self._cache is not None:
                 self._cache.load(self._loaded.get("chunks", {}))
+            self._fetched = torch.zeros(num_envs, dtype=torch.int64)
         elif self._num_envs != num_envs and (
-            self._cache is not None or self._history is not None
+            self._cache is not None
+            or self._history is not None
+            or self.shared.queue is not None
         ):
             raise RuntimeError(
-                f"The transform follows {self._num_envs} environments (chunks or "
-                f"history), but {num_envs} were stepped. An env whose batch size "
-                "changes from step to step needs replan_interval=1 and a teacher "
-                "without history."
+                f"The transform follows {self._num_envs} environments (chunks, history "
+                f"or deferred labels), but {num_envs} were stepped. An env whose batch "
+                "size changes from step to step needs replan_interval=1, "
+                "deferred=False and a teacher without history."
             )
         self._num_envs = num_envs
 

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from torchrl.envs import EnvBase
 from torchrl.envs.transforms import Compose, StepCounter, Transform
 
+from torchrl_rpd.transforms.jump_start import JumpStartTransform
+
 # They end episodes and declare no out_keys (and not every TorchRL 0.14 has them).
 _ENDS_EPISODES = {"RandomTruncationTransform", "TerminateTransform"}
 _END_KEYS = {"done", "terminated", "truncated"}
@@ -42,6 +44,18 @@ def check_placement(transform: Transform) -> None:
                 f"{name} first."
             )
         after = after or other is transform
+
+
+def refuse_jump_start(transform: Transform) -> None:
+    """Raises a ``ValueError`` if the teacher's labels are acted on in the same env."""
+    chain = getattr(enclosing_env(transform), "transform", None)
+    others = chain.modules() if isinstance(chain, Compose) else ()
+    if any(isinstance(other, JumpStartTransform) for other in others):
+        raise ValueError(
+            "JumpStartTransform acts on the teacher's label in the step it is asked for, "
+            "and deferred=True has it later. Use TeacherActionTransform(..., "
+            "deferred=False)."
+        )
 
 
 def _ends_episodes(transform: Transform) -> bool:

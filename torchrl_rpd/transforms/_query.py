@@ -92,7 +92,7 @@ class TeacherQuery:
         Raises:
             KeyError: if an entry is not there.
         """
-        observed = self._observed(tensordict, () if history is None else history.keys)
+        observed = self.observed(tensordict, () if history is None else history.keys)
         if observed.ndim != 1:
             observed = observed.reshape(-1)
         limit = self.max_batch_size or rows.numel()
@@ -119,9 +119,10 @@ class TeacherQuery:
         device = observed.device
         return observed[rows if device is None else rows.to(device)]
 
-    def _observed(
-        self, tensordict: TensorDictBase, also: Sequence[NestedKey]
+    def observed(
+        self, tensordict: TensorDictBase, also: Sequence[NestedKey] = ()
     ) -> TensorDictBase:
+        """What the teacher is given of a tensordict, and the entries ``also``."""
         keys = self._in_keys if self._in_keys is not None else self.handle.in_keys
         if keys is None:
             return tensordict.exclude(*self._not_in_keys)

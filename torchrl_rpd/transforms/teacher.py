@@ -24,6 +24,7 @@ from torchrl_rpd.transforms._placement import (
     check_placement,
     enclosing_env,
     raise_native_autoreset,
+    refuse_jump_start,
     refuse_native_autoreset,
 )
 from torchrl_rpd.transforms._query import TeacherQuery
@@ -52,6 +53,14 @@ class TeacherActionTransform(LabellingTransform):
       belongs to a frame that is gone. Frames masked out by ``("collector", "mask")``
       get none. Appended to a **replay buffer**, it labels frames when they are added
       and leaves them as they are when they are sampled.
+
+    Or in both, with ``deferred=True``: ``Collector(TransformedEnv(env, transform), ...,
+    postproc=transform)``. The env then goes on while one background thread asks the
+    teacher, step by step in the same order; the ``postproc`` waits for the rest and
+    writes the labels. They are those of ``deferred=False``, memory, ``query_fraction``
+    and counters included, if the teacher draws from no global generator. Collecting and
+    labelling take as long as the slower of the two, not their sum, where the teacher
+    works on another device or machine and leaves Python alone meanwhile.
 
     A deterministic teacher without memory gives the same labels in every placement
     (give ``low`` and ``high`` where the env is not there to tell its action box:
@@ -133,6 +142,14 @@ class TeacherActionTransform(LabellingTransform):
         seed (int, optional): seed of the generator that ``query_fraction`` draws from
             (torch's global one is left alone; its state is in ``state_dict``). Give
             every worker its own, or all of them draw the same. Defaults to ``0``.
+        deferred (bool, optional): whether the labels of envs are made in the background.
+            Until they are fetched, frames have zeros, mask False and a ticket;
+            ``("next", ...)`` is then not labelled at all. The transform must be in the
+            process of the collector, around its worker processes if there are any. An
+            error of the teacher is raised where labels are fetched. Frames from
+            elsewhere are labelled at once. Defaults to ``False``.
+        teacher_ticket_key (NestedKey, optional): the tickets, ``[*B, 1]`` int64, taken
+            out when labels are fetched. Defaults to ``"teacher_ticket"``.
 
     Raises:
         ValueError: for contradicting or out-of-range arguments; for labels of a wrong
@@ -144,7 +161,9 @@ class TeacherActionTransform(LabellingTransform):
         RuntimeError: in an env with native auto-reset (it overwrites the terminal
             observations that RPD bootstraps from), with an in-process teacher inside a
             batched env's workers, and on sending an in-process teacher to another
-            process.
+            process. With ``deferred=True`` also if the teacher failed, if labels are
+            never fetched (:attr:`max_outstanding`) or are those of another transform,
+            and inside worker processes.
 
     .. note:: Place it after every transform that changes what the teacher reads or that
         ends episodes, e.g. ``Compose(StepCounter(50), TeacherActionTransform(...))``.
@@ -169,6 +188,19 @@ class TeacherActionTransform(LabellingTransform):
         tensor([True, True])
         >>> label.stats()["queries"], label.stats()["clipped"]
         (2, 1)
+
+        While the teacher is at work, the env goes on:
+
+        >>> from torchrl.collectors import Collector
+        >>> from torchrl.envs import TransformedEnv
+        >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
+        >>> label = TeacherActionTransform(lambda td: td["observation"], deferred=True)
+        >>> env = TransformedEnv(ContinuousActionVecMockEnv(), label)
+        >>> collector = Collector(
+        ...     env, None, frames_per_batch=6, total_frames=6, postproc=label
+        ... )
+        >>> [bool(batch["teacher_mask"].all()) for batch in collector]
+        [True]
     """
 
     def __init__(
@@ -194,11 +226,14 @@ class TeacherActionTransform(LabellingTransform):
         on_non_finite: Literal["mask", "raise"] = "mask",
         no_op_norm: float | None = None,
         seed: int = 0,
+        deferred: bool = False,
+        teacher_ticket_key: NestedKey = "teacher_ticket",
     ) -> None:
         keys = LabelKeys(
             unravel_key(teacher_action_key),
             unravel_key(teacher_mask_key),
             None if teacher_std_key is None else unravel_key(teacher_std_key),
+            unravel_key(teacher_ticket_key) if deferred else None,
         )
         out_keys = [key for key in keys if key is not None]
         handle = TeacherHandle(
@@ -237,6 +272,8 @@ class TeacherActionTransform(LabellingTransform):
         self.teacher_action_key = keys.action
         self.teacher_mask_key = keys.mask
         self.teacher_std_key = keys.std
+        self.deferred = deferred
+        self.teacher_ticket_key = unravel_key(teacher_ticket_key)
         self.action_key = unravel_key(action_key)
         self._limits = (low, high)
         self._limits_box = ActionBox(None, low, high)
@@ -288,6 +325,13 @@ class TeacherActionTransform(LabellingTransform):
         raise_native_autoreset()
 
     def _check_batched_worker_compat(self) -> None:
+        if self.deferred:
+            raise RuntimeError(
+                "TeacherActionTransform(..., deferred=True) cannot live inside a "
+                "SerialEnv/ParallelEnv worker: its labels are fetched where the batches "
+                "arrive. Place it outside, Collector(TransformedEnv(ParallelEnv(N, "
+                "make_env), transform), ..., postproc=transform)."
+            )
         if self._handle.in_process:
             raise RuntimeError(
                 f"TeacherActionTransform with an in-process teacher "
@@ -305,13 +349,15 @@ class TeacherActionTransform(LabellingTransform):
                 f"got {type(observation_spec).__name__}."
             )
         check_placement(self)
+        if self.deferred:
+            refuse_jump_start(self)
         there = observation_spec.keys(True, True)
         taken = [key for key in self.out_keys if key in there]
         if taken:
             raise ValueError(
                 f"The env has {taken} already, from another TeacherActionTransform or "
-                "of its own. Name other entries with teacher_action_key= and "
-                "teacher_mask_key=."
+                "of its own. Name other entries with teacher_action_key=, "
+                "teacher_mask_key= (and teacher_ticket_key=)."
             )
         width = self._box().width
         if self._handle.in_process:
@@ -332,6 +378,10 @@ class TeacherActionTransform(LabellingTransform):
         )
         if self.teacher_std_key is not None:
             observation_spec[self.teacher_std_key] = label.clone()
+        if self.deferred:
+            observation_spec[self.teacher_ticket_key] = Unbounded(
+                shape=(*shape, 1), dtype=torch.int64, device=device
+            )
         return observation_spec
 
     def set_container(self, container: Any) -> None:
@@ -352,8 +402,11 @@ class TeacherActionTransform(LabellingTransform):
             tensordict (TensorDictBase): frames; left as they are.
 
         Returns:
-            a shallow copy with the labels.
+            a shallow copy with the labels. With ``deferred=True``, frames from its env
+            get the labels that were asked for there.
         """
+        if self._has_tickets(tensordict):
+            return self._labeller.redeem(tensordict.copy())
         if self._labels_on_extend and self.teacher_mask_key in tensordict.keys(True):
             return tensordict
         return self._label_frames(tensordict)
@@ -364,7 +417,12 @@ class TeacherActionTransform(LabellingTransform):
         # Only replay buffers call this without an env: on extend. What they hold is
         # labelled from now on.
         self._labels_on_extend = True
+        if self._has_tickets(tensordict):
+            return self._labeller.redeem(tensordict.copy())
         return self._label_frames(tensordict)
+
+    def _has_tickets(self, tensordict: TensorDictBase) -> bool:
+        return self.deferred and self.teacher_ticket_key in tensordict.keys(True)
 
     def _label_frames(self, tensordict: TensorDictBase) -> TensorDictBase:
         tensordict = tensordict.copy()

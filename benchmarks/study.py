@@ -48,6 +48,7 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / "study"
 RUNS = REPOSITORY / "runs" / "study"
 # One process per run: two runs at a time use two cores better than one run with workers.
 ALWAYS = ("env.num_workers=1", "env.num_envs=16", "trainer.progress_bar=false")
+AROUND = 3  # a single one has few episodes
 FRAMES_PER_SECOND = 220  # of one core, from earlier runs: for the plan alone
 
 
@@ -213,7 +214,11 @@ def page(group: str) -> str:
         lines += [f"## {key[0]}, {key[1]} reward, teacher `{key[2]}`", ""]
         lines += verdict(arms)
         lines += [f"![curves]({picture})", ""]
-        lines += final_table(arms) + steps_table(arms, None, 1)
+        lines += [*final_table(arms), *steps_table(arms, None, AROUND)]
+        lines += [
+            f"Steps to a rate: the first mean of {AROUND} evaluations in a row over it.",
+            "",
+        ]
     if any(run.results.get("resumed") for run in runs):
         lines += ["(*) A run was interrupted: its seconds since the last start.", ""]
     lines += ["Commands of the arms, behind `python examples/rpd.py`:", ""]

@@ -24,21 +24,29 @@ from torchrl._utils import logger
 
 from benchmarks._results import write_json
 from benchmarks.machine import machine_line
-from benchmarks.speed._turns import Row
+from benchmarks.speed._section import Section, markdown
 from torchrl_rpd import set_learner_threads
 
 OUT = Path(__file__).parents[1] / "results" / "speed.json"
 TITLES = {
     "adapter": "The adapter and plain ManiSkill",
     "update": "The updates of a batch",
+    "memory": "The memory of an iteration",
+    "teacher": "The teacher: once per frame and once per update",
+    "overlap": "Collecting and labelling at the same time",
+    "learning": "Steps and seconds to 90 % success",
+    "growth": "How cost grows",
+    "profile": "Where an iteration's time goes",
 }
 
 
-def measure(section: str, device: torch.device) -> list[Row]:
-    """The rows of one section."""
+def measure(section: str, device: torch.device) -> Section:
+    """One section; most are rows of ratios."""
     module = importlib.import_module(f"benchmarks.speed.{section}")
-    rows: list[Row] = module.rows(device=device)
-    return rows
+    found = module.rows(device=device)
+    if isinstance(found, Section):
+        return found
+    return Section([row.cells for row in found])
 
 
 def page(results: dict[str, Any]) -> str:
@@ -46,17 +54,15 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Speed",
         "",
-        "Ratios of seconds, measured in turns: median of the rounds [lowest, highest]. "
-        "What is compared stands in the modules of `benchmarks/speed`.",
+        "Ratios of seconds, measured in turns: median of the rounds [lowest, highest]; "
+        "where there is no ratio, the table says what it is. What is compared stands in "
+        "the modules of `benchmarks/speed`.",
         "",
     ]
     for section, title in TITLES.items():
         if section not in results:
             continue
-        found = results[section]
-        lines += [f"## {title}", "", "| | ratio | bar | | |", "| --- " * 5 + "|"]
-        lines += [f"| {' | '.join(cells)} |" for cells in found["rows"]]
-        lines += ["", found["machine"] + ".", ""]
+        lines += [f"## {title}", "", *markdown(results[section])]
     return "\n".join([*lines, "Command: `python -m benchmarks.speed`.", ""])
 
 
@@ -73,13 +79,14 @@ def main() -> None:
     logger.setLevel("WARNING")
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     for section in args.sections or TITLES:
-        rows = measure(section, torch.device(args.device))
-        for row in rows:
-            print(" | ".join(row.cells), flush=True)
-        results[section] = {
-            "rows": [row.cells for row in rows],
-            "machine": machine_line(),
-        }
+        found = measure(section, torch.device(args.device))
+        for cells in found.rows:
+            print(" | ".join(cells), flush=True)
+        results[section] = {**found.stored(), "machine": machine_line()}
+        if found.draw is not None:
+            picture = args.out.with_name(f"{args.out.stem}_{section}.png")
+            found.draw(picture)
+            results[section]["picture"] = [found.alt, picture.name]
         write_json(args.out, results)
     args.out.with_suffix(".md").write_text(page(results))
     print(f"wrote {args.out.with_suffix('.md')}")

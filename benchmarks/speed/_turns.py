@@ -41,6 +41,8 @@ class Row:
         """Of a Markdown table."""
         median = statistics.median(self.ratios)
         figures = f"{median:.2f} [{min(self.ratios):.2f}, {max(self.ratios):.2f}]"
+        if not self.at_least and self.at_most == math.inf:
+            return [self.what, figures, "", "", self.note]  # no bar
         bar = (
             f"at least {self.at_least:.2f}"
             if self.at_least

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,68 +56,79 @@ def plain(obs_mode: str, render_backend: str, steps: int) -> Callable[[], None]:
     return block
 
 
-def collected(env: EnvBase, steps: int, policy: Any = None) -> Callable[[], Any]:
-    """As many steps through TorchRL's collector."""
-    frames = env.batch_size.numel() * steps
-    collector = Collector(
+def collector_of(env: EnvBase, policy: Any, frames: int) -> Collector:
+    """TorchRL's collector, without end."""
+    return Collector(
         env,
-        RandomPolicy(env.action_spec) if policy is None else policy,
+        policy,
         frames_per_batch=frames,
         total_frames=-1,
         auto_register_policy_transforms=False,
     )
-    batches = iter(collector)
-    return lambda: next(batches)
+
+
+def batch_by_batch(collectors: dict[str, Collector]) -> dict[str, list[float]]:
+    """Seconds of a batch of each, in turns; closes them."""
+    batches = {name: iter(collector) for name, collector in collectors.items()}
+    seconds = in_turns({name: partial(next, it) for name, it in batches.items()})
+    for collector in collectors.values():
+        collector.shutdown()
+    return seconds
 
 
 def overhead(obs_mode: str, steps: int, limit: float) -> Row:
     """The adapter in a collector over ManiSkill in a loop."""
     env = ManiSkillEnv(TASK, num_envs=ENVS, obs_mode=obs_mode)
     loop = plain(obs_mode, env.render_backend, steps)
-    seconds = in_turns({"ours": collected(env, steps), "plain": loop})
+    ours = collector_of(env, RandomPolicy(env.action_spec), ENVS * steps)
+    seconds = in_turns({"ours": partial(next, iter(ours)), "plain": loop})
+    ours.shutdown()
     each = ENVS * steps
-    ours, theirs = (1e6 * statistics.median(seconds[k]) / each for k in seconds)
+    us = {k: 1e6 * statistics.median(times) / each for k, times in seconds.items()}
     return Row(
         f"{obs_mode}: adapter in a collector / ManiSkill in a loop",
         ratios(seconds["ours"], seconds["plain"]),
         at_most=limit,
-        note=f"{ours:,.0f} and {theirs:,.0f} us per step",
+        note=f"{us['ours']:,.0f} and {us['plain']:,.0f} us per step",
     )
 
 
-def options(steps: int) -> list[Row]:
-    """The fast controller, and a second process."""
-    rows = []
-    fast, stock = (
-        collected(ManiSkillEnv(TASK, num_envs=ENVS, fast_controller=on), steps)
-        for on in (True, False)
+def fast_controller(steps: int) -> Row:
+    """What ``fast_controller=True`` brings."""
+    sides = {}
+    for name, on in (("stock", False), ("fast", True)):
+        env = ManiSkillEnv(TASK, num_envs=ENVS, fast_controller=on)
+        sides[name] = collector_of(env, RandomPolicy(env.action_spec), ENVS * steps)
+    seconds = batch_by_batch(sides)
+    return Row(
+        "state: stock / fast_controller, both in a collector",
+        ratios(seconds["stock"], seconds["fast"]),
+        at_least=1.7,
     )
-    seconds = in_turns({"stock": stock, "fast": fast})
-    rows.append(
-        Row(
-            "state: stock / fast_controller, both in a collector",
-            ratios(seconds["stock"], seconds["fast"]),
-            at_least=1.7,
-        )
-    )
-    student = mlp_actor_critic(35, 7)
+
+
+def processes(steps: int) -> Row:
+    """What a second process brings."""
+    student = mlp_actor_critic(35, 7).actor
     sides = {}
     for workers in (1, 2):
         env = ManiSkillEnv(
             TASK, num_envs=ENVS // workers, num_workers=workers, fast_controller=True
         )
-        sides[str(workers)] = collected(env, steps, student.actor)
-    seconds = in_turns(sides)
-    rows.append(
-        Row(
-            "state, student acts: one process / two workers",
-            ratios(seconds["1"], seconds["2"]),
-            at_least=1.5,
-        )
+        sides[str(workers)] = collector_of(env, student, ENVS * steps)
+    seconds = batch_by_batch(sides)
+    return Row(
+        "state, student acts: one process / two workers",
+        ratios(seconds["1"], seconds["2"]),
+        at_least=1.5,
     )
-    return rows
 
 
 def rows(*, device: torch.device) -> list[Row]:
     """Everything about the adapter; the simulator runs on the CPU whatever the device."""
-    return [overhead("state", 25, 1.15), *options(25), overhead("rgb", 2, 1.03)]
+    return [
+        overhead("state", 25, 1.15),
+        fast_controller(25),
+        processes(50),
+        overhead("rgb", 2, 1.03),
+    ]

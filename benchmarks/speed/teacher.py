@@ -34,7 +34,7 @@ from torchrl_rpd.teachers import ScriptedTeacher
 from torchrl_rpd.transforms import TeacherActionTransform
 
 TASK, ENVS, ROUNDS, TARGET_KL = "PushCube-v1", 4, 5, 0.2
-SLEEPS = (0.0002, 0.001, 0.004)  # seconds per frame
+SLEEPS = (0.0005, 0.003)  # seconds per frame
 EPOCHS = 8
 
 

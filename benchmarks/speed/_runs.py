@@ -15,6 +15,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
+from torchrl.objectives import ClipPPOLoss
 from torchrl.trainers.algorithms import PPOTrainer
 
 from benchmarks.speed._noise import NoiseEnv
@@ -25,6 +26,7 @@ from torchrl_rpd.trainers import make_ppo_trainer
 # Entries of an observation, as the scripted teacher reads them.
 STATE = {"PushCube-v1": 35, "PickCube-v1": 42}
 NOISE = "noise instead of a simulator"
+CLIP, CRITIC, NORM, LR = 0.2, 0.25, 0.5, 3e-4
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def trainer_of(
     device: torch.device,
     label: Any = None,
     epochs: int = 8,
-    loss_class: type[DistillPPOLoss] = DistillPPOLoss,
+    loss_class: type[ClipPPOLoss] = DistillPPOLoss,
+    value_chunk_size: int | None = None,
     **kwargs: Any,
 ) -> PPOTrainer:
     """The trainer of a run whose every batch has ``frames``; it starts from one seed."""
@@ -113,10 +116,10 @@ def trainer_of(
     loss = loss_class(
         student.actor,
         student.critic,
-        clip_epsilon=0.2,
+        clip_epsilon=CLIP,
         entropy_bonus=False,
         loss_critic_type="l2",
-        critic_coeff=0.25,
+        critic_coeff=CRITIC,
         normalize_advantage=True,
     )
     collector = Collector(
@@ -134,11 +137,17 @@ def trainer_of(
     return make_ppo_trainer(
         collector=collector,
         loss_module=loss,
-        optimizer=torch.optim.Adam(loss.parameters(), lr=3e-4, eps=1e-5),
-        gae=FiniteHorizonGAE(gamma=0.8, lmbda=0.9, value_network=student.value_network),
+        optimizer=torch.optim.Adam(loss.parameters(), lr=LR, eps=1e-5),
+        gae=FiniteHorizonGAE(
+            gamma=0.8,
+            lmbda=0.9,
+            value_network=student.value_network,
+            value_chunk_size=value_chunk_size,
+        ),
         total_frames=frames,
         minibatch_size=minibatch,
         num_epochs=epochs,
+        clip_norm=NORM,
         drop_keys=[("next", "observation")],
         progress_bar=False,
         log_actions=False,

@@ -22,7 +22,7 @@ import torch
 from tensordict import TensorDictBase
 
 from benchmarks.speed._turns import Row
-from benchmarks.speed.update import LARGE, Case, student_of, trainer_of
+from benchmarks.speed.update import LARGE, Case, trainer_over_noise
 from torchrl_rpd import set_learner_threads
 from torchrl_rpd.objectives import DistillPPOLoss
 
@@ -73,9 +73,7 @@ class Peak:
 
 def iterate(case: Case, peak: Peak, count: int) -> dict[str, float]:
     """Peaks of the last iteration in rollouts, and the rollout's bytes."""
-    trainer = trainer_of(
-        student_of(case), case, loss_class=DistillPPOLoss, device=peak.device
-    )
+    trainer = trainer_over_noise(case, loss_class=DistillPPOLoss, device=peak.device)
     batches = iter(trainer.collector)
     for _ in range(count):
         peak.restart()

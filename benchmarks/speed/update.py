@@ -18,84 +18,44 @@ from dataclasses import dataclass
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torchrl.collectors import Collector
 from torchrl.objectives import ClipPPOLoss
 from torchrl.trainers.algorithms import PPOTrainer
 
 from benchmarks.speed._noise import NoiseEnv
+from benchmarks.speed._runs import CLIP, CRITIC, LR, NORM, World, trainer_of, zeros
 from benchmarks.speed._turns import Row, in_turns, ratios
-from torchrl_rpd.objectives import DistillPPOLoss, FiniteHorizonGAE
+from torchrl_rpd.objectives import DistillPPOLoss
 from torchrl_rpd.students import ActorCritic, cnn_actor_critic, mlp_actor_critic
-from torchrl_rpd.trainers import make_ppo_trainer
 from torchrl_rpd.transforms import TeacherActionTransform
 
-CLIP, CRITIC, NORM, LR = 0.2, 0.25, 0.5, 3e-4
 
-
-def trainer_of(
-    student: ActorCritic,
+def trainer_over_noise(
     case: Case,
     *,
     loss_class: type[ClipPPOLoss],
     device: torch.device,
     compile: bool | dict[str, str] = False,
 ) -> PPOTrainer:
-    """A trainer over noise whose labels are zeros."""
-    torch.manual_seed(0)
-    label = TeacherActionTransform(
-        lambda td: torch.zeros(td.shape[0], 7), low=-1, high=1
-    )
+    """A trainer of one epoch, whose labels are zeros."""
     env = NoiseEnv(case.rows // 50, case.shape)
-    for module in (student.actor, student.critic, student.value_network):
-        module.to(device)
-    loss = loss_class(
-        student.actor,
-        student.critic,
-        clip_epsilon=CLIP,
-        entropy_bonus=False,
-        loss_critic_type="l2",
-        critic_coeff=CRITIC,
-        normalize_advantage=True,
-    )
-    collector = Collector(
-        env,
-        student.actor,
-        frames_per_batch=case.rows,
-        total_frames=-1,
-        policy_device=device,
-        env_device="cpu",
-        storing_device=device,
-        postproc=label,
-        return_same_td=True,
-        auto_register_policy_transforms=False,
-    )
-    return make_ppo_trainer(
-        collector=collector,
-        loss_module=loss,
-        optimizer=torch.optim.Adam(loss.parameters(), lr=LR, eps=1e-5),
-        gae=FiniteHorizonGAE(
-            gamma=0.8,
-            lmbda=0.9,
-            value_network=student.value_network,
-            value_chunk_size=1,
-        ),
-        total_frames=case.rows,
-        minibatch_size=case.minibatch,
-        num_epochs=1,
+    return trainer_of(
+        World(case.name, env, lambda: student_of(case)),
+        frames=case.rows,
+        minibatch=case.minibatch,
+        device=device,
+        label=TeacherActionTransform(zeros, low=-1, high=1),
+        epochs=1,
+        loss_class=loss_class,
+        value_chunk_size=1,
         compile=compile,
-        clip_norm=NORM,
         target_kl=None,
-        drop_keys=[("next", "observation")],
-        progress_bar=False,
-        log_actions=False,
-        log_rewards=False,
     )
 
 
 def epoch_of(trainer: PPOTrainer, batch: TensorDictBase) -> Callable[[], None]:
     """One epoch as the trainer makes it, its hooks and log included.
 
-    The batch is prepared once: advantages and the copy into the buffer are no part of it.
+    The batch is prepared once: the advantages are no part of it.
     """
     prepared = trainer._process_batch_hook(batch)
     return lambda: trainer.optim_steps(prepared)
@@ -219,12 +179,8 @@ def compare(case: Case, *, device: torch.device, rounds: int) -> list[Row]:
     sides = {}
     on_cpu = device.type == "cpu"
     for name, loss_class, compiled in (*SIDES, *(() if on_cpu else (ON_GPU,))):
-        trainer = trainer_of(
-            student_of(case),
-            case,
-            loss_class=loss_class,
-            device=device,
-            compile=compiled,
+        trainer = trainer_over_noise(
+            case, loss_class=loss_class, device=device, compile=compiled
         )
         batch = next(iter(trainer.collector))
         sides[name] = epoch_of(trainer, batch)

@@ -74,9 +74,8 @@ def make_ppo_trainer(
             rate falls to 0. Default: never, the released code.
         compile (bool or dict): whether the loss runs through ``torch.compile``, with
             the entries of a dictionary as its arguments, e.g.
-            ``{"mode": "reduce-overhead"}`` for CUDA graphs (*not run here*). A minute
-            before the first update, then about three quarters of the time for small
-            networks on a CPU. Rounds differently. Default: ``False``.
+            ``{"mode": "reduce-overhead"}`` for CUDA graphs (*not run here*). It compiles
+            before the first update, and rounds differently. Default: ``False``.
         loss_components (sequence of str, optional): the loss entries that count, see
             :class:`~torchrl_rpd.trainers.TargetKLStepper`. Default: all.
         drop_keys (sequence of NestedKey): entries that the loss does not read.

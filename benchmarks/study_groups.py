@@ -71,6 +71,10 @@ _RELEASED = (
     "checkpoint.every=64000 episodes=200"
 )
 
+# Teacher and student see pictures, each in its own size.
+_VLA = "reward=sparse preset=pixels teacher=pocket student=rgb"
+_MOVED = "env.camera=human_moved env.teacher_camera=human_moved"
+
 # The teacher's success rate with flaw=goal, of benchmarks/results/demo_full.md.
 _RATIO = "schedule.teacher_score=0.28 schedule.score_key=success"
 _SWITCH = "schedule.switch_off_score=0.5 schedule.score_key=success"
@@ -111,6 +115,16 @@ GROUPS: dict[str, Group] = {
         "PickCube-v1, dense reward, and PPO alone with five times the steps",
         f"task=pick_cube reward=dense {_DENSE} flaw=cube_per_episode",
         {**CONTROLS, "ppo_five_times": "algo=ppo frames=500000"},
+    ),
+    "vla_push_cube": Group(
+        "PushCube-v1 from pictures, sparse reward, the pocket VLA as the teacher",
+        f"task=push_cube {_VLA}",
+        CONTROLS,
+    ),
+    "vla_push_cube_moved": Group(
+        "PushCube-v1 from pictures of a camera that the pocket VLA was not trained on",
+        f"task=push_cube {_VLA} {_MOVED}",
+        CONTROLS,
     ),
     "losses": Group(
         "PickCube-v1, sparse reward: the distance to the teacher's action",

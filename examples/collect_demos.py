@@ -81,6 +81,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         help="the teacher's flaws, e.g. jitter=0.1 cube_offset_std=0.01",
     )
     add(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="disturbs what is executed, records what was intended (default: 0)",
+    )
+    add(
         "--act-as",
         metavar="TASK",
         help="push in PullCube-v1's scenes or pull in PushCube-v1's, so that only the "
@@ -149,6 +155,7 @@ def record(task: str, args: argparse.Namespace) -> None:
         episodes=args.episodes,
         seed=args.seed,
         keep=keep,
+        noise=args.noise,
         instruction=TASK_TABLE[acted].instruction,
         cameras=names,
         env_kwargs=made_with,

@@ -48,6 +48,11 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="convolutions in bfloat16, faster where the processor knows it",
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -81,7 +86,9 @@ def main() -> None:
     )
     start, running = time.perf_counter(), 0.0
     for update in range(1, args.updates + 1):
-        loss = loss_module(demos.sample().to(args.device))["loss_bc"]
+        batch = demos.sample().to(args.device)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.bfloat16):
+            loss = loss_module(batch)["loss_bc"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -153,6 +153,56 @@ class TestRounds:
         with pytest.raises(RuntimeError, match="5 episodes were played, and 0 of 1"):
             record(CountingEnv(1), tmp_path / "a.h5", 1, max_attempts=5)
 
+    def test_noise_is_executed_and_not_learned(self, tmp_path):
+        def played(name, **kwargs):
+            record(CountingEnv(2), tmp_path / f"{name}.h5", 6, **kwargs)
+            with h5py.File(tmp_path / f"{name}.h5") as file:
+                groups = [file[f"traj_{i}"] for i in range(6)]
+                names = ("actions", "intended_actions", "rewards")
+                return [{n: g[n][:] for n in names if n in g} for g in groups]
+
+        plain, noisy, again = (
+            played("a"),
+            played("b", noise=0.2),
+            played("c", noise=0.2),
+        )
+        sizes = []
+        for was, now, same in zip(plain, noisy, again, strict=True):
+            assert "intended_actions" not in was
+            np.testing.assert_array_equal(now["intended_actions"], was["actions"])
+            np.testing.assert_array_equal(now["actions"], same["actions"])
+            difference = now["actions"] - now["intended_actions"]
+            assert (difference[:, 0] != 0).all()
+            assert (difference[:, 1] == 0).all()  # the gripper's place
+            # The toy's reward is the action's first dimension: the noise was executed.
+            np.testing.assert_allclose(now["rewards"], now["actions"][:, 0], atol=1e-6)
+            sizes.append(np.abs(difference[:, 0]).mean())
+        assert max(sizes) > 2 * min(sizes)  # each episode has its own scale
+        demos = ManiSkillDemos(tmp_path / "b.h5")
+        np.testing.assert_array_equal(
+            demos.episode(0)["action"], plain[0]["actions"].astype(np.float32)
+        )
+        executed = ManiSkillDemos(tmp_path / "b.h5", intended=False)
+        np.testing.assert_array_equal(
+            executed.episode(0)["action"], noisy[0]["actions"].astype(np.float32)
+        )
+
+    def test_noise_goes_on_after_an_interruption(self, tmp_path):
+        record(CountingEnv(2), tmp_path / "whole.h5", 4, noise=0.2)
+        record(CountingEnv(2), tmp_path / "cut.h5", 2, noise=0.2)
+        record(CountingEnv(2), tmp_path / "cut.h5", 4, noise=0.2)
+        whole, cut = (
+            ManiSkillDemos(tmp_path / f"{n}.h5", intended=False)
+            for n in ("whole", "cut")
+        )
+        assert torch.equal(whole[:]["action"], cut[:]["action"])
+        with pytest.raises(ValueError, match="noise: 0.2 there, None asked for"):
+            record(CountingEnv(2), tmp_path / "cut.h5", 4)
+
+    def test_noise_is_no_negative_number(self, tmp_path):
+        with pytest.raises(ValueError, match="must not be negative"):
+            record(CountingEnv(1), tmp_path / "a.h5", 1, noise=-0.1)
+
     def test_needs_an_instruction(self, tmp_path):
         with pytest.raises(ValueError, match="no instruction for Count-v1"):
             record(CountingEnv(1), tmp_path / "a.h5", 1, instruction=None)

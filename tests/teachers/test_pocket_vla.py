@@ -71,11 +71,37 @@ class TestModel:
 
     def test_places_by_hand(self):
         # One bright cell of 3 x 3, row 0 and column 2: y = -1, x = 1. A flat map has
-        # its mean in the middle.
+        # its mean in the middle. Then how bright they are.
         features = torch.zeros(1, 2, 3, 3)
         features[0, 0, 0, 2] = 100.0
-        places = pocket.model._places(features)
-        torch.testing.assert_close(places, torch.tensor([[1.0, 0.0, -1.0, 0.0]]))
+        expected = torch.tensor([[1.0, 0.0, -1.0, 0.0, 100.0, 0.0]])
+        torch.testing.assert_close(pocket.model._places(features), expected)
+
+    def test_sees_its_window_alone(self):
+        model = small(crop=(0.25, 0.5, 0.5))  # rows 4 to 11, columns 8 to 15
+        image = pictures(1)
+        seen = model.predict(image, ["push"])
+        outside = image.clone()
+        outside[..., :4, :] = outside[..., 12:, :] = outside[..., :8] = 0
+        assert torch.equal(model.predict(outside, ["push"]), seen)
+        for row, column in [(4, 8), (11, 15)]:
+            changed = image.clone()
+            changed[..., row, column] = 255 - changed[..., row, column]
+            assert not torch.equal(model.predict(changed, ["push"]), seen)
+
+    @pytest.mark.parametrize("crop", [(0.5, 0.0, 0.6), (-0.1, 0.0, 0.5), (0, 0, 0.1)])
+    def test_a_window_outside(self, crop):
+        with pytest.raises(ValueError, match="no part of a picture of 16 pixels"):
+            small(crop=crop)
+
+    def test_convolutions_in_bfloat16(self):
+        model = small()
+        exact = model.predict(pictures(4), ["push"] * 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model.predict(pictures(4), ["push"] * 4)
+        assert rounded.dtype == torch.float32
+        assert not torch.equal(rounded, exact)
+        torch.testing.assert_close(rounded, exact, rtol=0, atol=0.02)
 
     def test_other_sizes_are_resized(self):
         model = small(instruction="push")

@@ -34,6 +34,7 @@ class Selection:
         instruction: overrides what the file says.
         success_only: leaves out what did not succeed.
         outcomes: which of ``"rewards"`` and ``"success"`` are read.
+        intended: reads ``intended_actions`` where there are some.
     """
 
     cameras: dict[str, str]
@@ -41,6 +42,7 @@ class Selection:
     instruction: str | Mapping[str, str] | None
     success_only: bool
     outcomes: frozenset[str]
+    intended: bool
 
 
 class TrajectoryFile:
@@ -146,7 +148,8 @@ class TrajectoryFile:
         group = child(self.file, _name(entry))
         if group is None or hasattr(group, "shape"):
             raise BrokenEpisode("no such group", self.path.name)
-        action = read(group, "actions")
+        disturbed = selection.intended and "intended_actions" in group
+        action = read(group, "intended_actions" if disturbed else "actions")
         length = action.shape[0]
         if action.ndim != 2 or length == 0:
             raise BrokenEpisode("wrong length", f"actions have shape {action.shape}")

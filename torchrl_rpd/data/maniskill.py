@@ -34,7 +34,8 @@ class ManiSkillDemos(Demos):
     - ``("observation", "image")`` uint8 ``[3, H, W]``, ``"wrist_image"`` for the hand
       camera and ``"<name>_image"`` for others; ``("observation", "state")`` float32
       ``[D]``.
-    - ``action`` float32 ``[A]``, as recorded (for ``pd_ee_delta_pose`` in [-1, 1]).
+    - ``action`` float32 ``[A]``, as recorded (for ``pd_ee_delta_pose`` in [-1, 1]); of
+      a recording with noise (:func:`record_demos`) what was intended.
     - ``language_instruction``, put in when a batch is sampled; stored is
       ``instruction_index`` ``[1]`` int64.
     - ``("vla_action", "chunk")`` float32 ``[H, A]`` and ``action_is_pad`` bool ``[H]``
@@ -70,6 +71,8 @@ class ManiSkillDemos(Demos):
             ``None`` for any, as long as it is one. Default: ``"pd_ee_delta_pose"``.
         success_only (bool): leaves out episodes that failed, or do not tell.
             Default: ``True``.
+        intended (bool): where a recording disturbed what was executed, reads what was
+            intended, which is what there is to learn. Default: ``True``.
         chunk_size (int, optional): length of the action chunks. Defaults to none.
         batch_size (int, optional): rows of a sample.
         scratch_dir (path, optional): keeps the rows in memory-mapped files in this
@@ -131,6 +134,7 @@ class ManiSkillDemos(Demos):
         instruction: str | Mapping[str, str] | None = None,
         control_mode: str | None = "pd_ee_delta_pose",
         success_only: bool = True,
+        intended: bool = True,
         chunk_size: int | None = None,
         batch_size: int | None = None,
         scratch_dir: str | Path | None = None,
@@ -146,7 +150,11 @@ class ManiSkillDemos(Demos):
             outcomes = frozenset.intersection(*(file.outcomes() for file in files))
             selections = [
                 Selection(
-                    *_select(file, cameras, state), instruction, success_only, outcomes
+                    *_select(file, cameras, state),
+                    instruction,
+                    success_only,
+                    outcomes,
+                    intended,
                 )
                 for file in files
             ]

@@ -99,6 +99,7 @@ def record_demos(
     episodes: int,
     seed: int = 0,
     keep: Keep = "success",
+    noise: float = 0.0,
     instruction: str | None = None,
     cameras: Mapping[str, str] | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
@@ -131,6 +132,12 @@ def record_demos(
         seed (int): seed of the first round. Default: ``0``.
         keep (str): ``"success"`` keeps episodes that end in success, ``"all"`` all.
             Default: ``"success"``.
+        noise (float): disturbs what is executed and keeps what was intended (DART,
+            https://arxiv.org/abs/1703.09327), so that the files show the way back from
+            places to which a learner will stray. Gaussian, added to all dimensions but
+            the last one (the gripper), of a standard deviation that each episode draws
+            in [0, ``noise``]; in units of the action. ``actions`` are then what was
+            executed, ``intended_actions`` what the policy answered. Default: ``0.0``.
         instruction (str, optional): what is done. Defaults to the task table's.
         cameras (mapping, optional): the name in the file for entries of the observation
             with pictures, e.g. ``{"image": "human"}``. Defaults to ``"base_camera"``
@@ -169,6 +176,8 @@ def record_demos(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}.")
+    if noise < 0:
+        raise ValueError(f"noise must not be negative, got {noise}.")
     if instruction is None:
         if task_id not in TASKS:
             raise ValueError(
@@ -190,6 +199,7 @@ def record_demos(
             "batch": list(env.batch_size),
             "keep": keep,
             "instruction": instruction,
+            **({"noise": noise} if noise else {}),
             **(settings or {}),
         },
         source_type=source_type,
@@ -210,9 +220,10 @@ def record_demos(
                     "max_attempts would help."
                 )
             env.set_seed(seed + writer.rounds)
+            disturb = _Disturbance(noise, env, seed + writer.rounds) if noise else None
             good: list[tuple[dict[str, Any], dict[str, Any]]] = []
             bad = 0
-            for arrays, info in _round(env, policy, cameras):
+            for arrays, info in _round(env, policy, cameras, disturb):
                 # Two rounds may draw the same seed for different scenes.
                 known = info["episode_seed"] in seeds
                 if known or (keep == "success" and not info.get("success")):
@@ -239,6 +250,7 @@ def _round(
     env: EnvBase,
     policy: Callable[[TensorDictBase], Any],
     cameras: Mapping[str, str] | None,
+    disturb: _Disturbance | None,
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """One episode of each scene: arrays, and what the JSON says of them."""
     dims = env.batch_dims
@@ -248,9 +260,14 @@ def _round(
     steps: list[dict[str, np.ndarray]] = []
     length = [0] * env.batch_size.numel()
     while not all(length):
-        td = env.step(_act(policy, td, env.action_key, None))
+        td = _act(policy, td, env.action_key, None)
+        step = {}
+        if disturb is not None:
+            step["intended_actions"] = _flat(td[env.action_key], dims)
+            td[env.action_key] = disturb(td[env.action_key])
+        td = env.step(td)
         following = td["next"]
-        step = {"actions": _flat(td[env.action_key], dims)}
+        step["actions"] = _flat(td[env.action_key], dims)
         for name, key in _STEP_KEYS.items():
             value = following.get(key, None)
             if value is not None:
@@ -267,6 +284,23 @@ def _round(
         _episode(i, n, int(seeds[i]), observations, states, steps, cameras)
         for i, n in enumerate(length)
     ]
+
+
+class _Disturbance:
+    """Noise on executed actions, the same again for the same seed."""
+
+    def __init__(self, noise: float, env: EnvBase, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._spec = env.action_spec
+        scales = torch.rand(*env.batch_size, 1, generator=self._generator)
+        self._scales = noise * scales
+
+    def __call__(self, action: torch.Tensor) -> torch.Tensor:
+        disturbance = torch.randn(action.shape, generator=self._generator)
+        disturbance[..., -1] = 0.0
+        disturbed = action + (self._scales * disturbance).to(action)
+        projected: torch.Tensor = self._spec.project(disturbed)
+        return projected
 
 
 _STEP_KEYS = {

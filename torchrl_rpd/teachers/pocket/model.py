@@ -27,16 +27,18 @@ from torchrl_rpd.teachers._resize import PILResize
 
 __all__ = ["PocketVLA"]
 
-_FORMAT = "torchrl_rpd.pocket_vla/1"
+_FORMAT = "torchrl_rpd.pocket_vla/2"
 
 
 class PocketVLA(VLAWrapperBase):
-    """Pictures and an instruction in, a chunk of actions out, with 160,000 weights.
+    """Pictures and an instruction in, a chunk of actions out, with a million weights.
 
     A successor of :class:`~torchrl.modules.vla.TinyVLA` that can be trained to act. Its
     few convolutions keep where things are: the words of the instruction scale and shift
     the channels (FiLM, https://arxiv.org/abs/1709.07871), and each channel is read out as
-    the place where it is strongest (spatial softmax, https://arxiv.org/abs/1504.00702).
+    the place where it is strongest (spatial softmax, https://arxiv.org/abs/1504.00702)
+    and how strong it is there; a small map of all places beside it makes training start
+    sooner.
     An instruction is the mean of its words' embeddings, found by hashing the words: no
     tokenizer, and the order of the words does not matter.
 
@@ -49,8 +51,12 @@ class PocketVLA(VLAWrapperBase):
         chunk_size (int): actions per answer, the first one for now. Defaults to ``4``.
         image_size (int): side in pixels to which pictures are resized. Defaults to
             ``128``.
+        crop (sequence of float): top, left and side of the square that it looks at, as
+            shares of the picture. Defaults to ``(0.375, 0.125, 0.625)``: in the human
+            view the part of the table where the four tasks take place.
         channels (sequence of int): of the convolutions; the first two halve the
             picture. Defaults to ``(16, 32, 32, 48)``.
+        map_channels (int): of the map. Defaults to ``8``.
         text_dim (int): of the words' embeddings. Defaults to ``32``.
         text_vocab (int): rows of the embedding; words may share one. Defaults to
             ``512``.
@@ -93,7 +99,9 @@ class PocketVLA(VLAWrapperBase):
         action_dim: int = 7,
         chunk_size: int = 4,
         image_size: int = 128,
+        crop: Sequence[float] = (0.375, 0.125, 0.625),
         channels: Sequence[int] = (16, 32, 32, 48),
+        map_channels: int = 8,
         text_dim: int = 32,
         text_vocab: int = 512,
         hidden_dim: int = 256,
@@ -118,12 +126,21 @@ class PocketVLA(VLAWrapperBase):
             "action_dim": action_dim,
             "chunk_size": chunk_size,
             "image_size": image_size,
+            "crop": list(crop),
             "channels": list(channels),
+            "map_channels": map_channels,
             "text_dim": text_dim,
             "text_vocab": text_vocab,
             "hidden_dim": hidden_dim,
         }
         self.resize = PILResize(image_size, "bicubic")
+        top, left, side = (round(share * image_size) for share in crop)
+        if side < 4 or min(top, left) < 0 or max(top, left) + side > image_size:
+            raise ValueError(
+                f"crop={tuple(crop)} is no part of a picture of {image_size} pixels: top, "
+                "left and side are shares of it."
+            )
+        self._window = (slice(top, top + side), slice(left, left + side))
         self.words = nn.EmbeddingBag(text_vocab, text_dim, mode="mean")
         first, second, *rest = channels
         self.stem = nn.Sequential(
@@ -135,8 +152,10 @@ class PocketVLA(VLAWrapperBase):
         self.blocks = nn.ModuleList()
         for inputs, outputs in zip([second, *rest], rest, strict=False):
             self.blocks.append(_FiLMBlock(inputs, outputs, text_dim))
+        self.map = nn.Conv2d(rest[-1], map_channels, 1)
+        cells = ((side + 1) // 2 + 1) // 2
         self.trunk = MLP(
-            in_features=2 * rest[-1] + text_dim,
+            in_features=3 * rest[-1] + map_channels * cells**2 + text_dim,
             out_features=chunk_size * action_dim,
             num_cells=[hidden_dim, hidden_dim],
             activation_class=nn.ReLU,
@@ -160,10 +179,16 @@ class PocketVLA(VLAWrapperBase):
         if images.shape[-2:] != (self.config["image_size"],) * 2:
             images = self.resize(images)
         text = self._embed(texts)
+        images = images[..., self._window[0], self._window[1]]
         features = self.stem(images.to(weight.dtype) / 255 - 0.5)
         for block in self.blocks:
             features = block(features, text)
-        return self.trunk(torch.cat([_places(features), text], -1))
+        everywhere = self.map(features).flatten(1)
+        # Convolutions may run in bfloat16; a place needs more digits.
+        with torch.autocast(weight.device.type, enabled=False):
+            places = _places(features.to(weight.dtype))
+            read = [places, everywhere.to(weight.dtype), text.to(weight.dtype)]
+            return self.trunk(torch.cat(read, -1))
 
     def _embed(self, texts: list[str]) -> Tensor:
         # Few texts, many rows: each is taken apart once.
@@ -216,12 +241,15 @@ class _FiLMBlock(nn.Module):
 
 
 def _places(features: Tensor) -> Tensor:
-    """Expected x and y of each channel in [-1, 1], ``[n, 2 C]`` of ``[n, C, H, W]``."""
+    """Expected x and y of each channel in [-1, 1], and its value there, ``[n, 3 C]``."""
     height, width = features.shape[-2:]
-    weights = features.flatten(-2).softmax(-1).unflatten(-1, (height, width))
+    flat = features.flatten(-2)
+    weights = flat.softmax(-1)
+    strength = (weights * flat).sum(-1)
+    weights = weights.unflatten(-1, (height, width))
     x = torch.linspace(-1, 1, width, device=features.device, dtype=features.dtype)
     y = torch.linspace(-1, 1, height, device=features.device, dtype=features.dtype)
-    return torch.cat([weights.sum(-2) @ x, weights.sum(-1) @ y], -1)
+    return torch.cat([weights.sum(-2) @ x, weights.sum(-1) @ y, strength], -1)
 
 
 def read_sizes(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 #
 #   make install     the environment alone
 #   make demo        train the demonstration (minutes on two cores)
+#   make demo-vla    the same from pictures: the pocket VLA teaches, the student sees 64 pixels
 #   make demo-full   every arm and seed of the committed results (hours)
 #   make bench       measure the speed again, for benchmarks/results
 #   make test        tests without `slow` and `gpu`; make test-all has them all
@@ -37,7 +38,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check $(FIND_LINKS)
 PIP := $(BIN)/python $(PIP_INSTALL)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-full bench test test-all coverage lint format docs wheel \
+.PHONY: help install demo demo-vla demo-full bench test test-all coverage lint format docs wheel \
     check-wheel clean
 
 help:
@@ -59,6 +60,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
+
+# A short version of benchmarks/study_groups.py's vla_push_cube.
+demo-vla: $(INSTALLED)
+	@$(BIN)/python examples/rpd.py preset=pixels task=push_cube reward=sparse teacher=pocket \
+	    student=rgb frames=40000 schedule.start_frames=12000 schedule.end_frames=24000 \
+	    episodes=100 checkpoint.every=null name=demo_vla
+	@$(BIN)/python examples/report.py runs/demo_vla --out runs/demo_vla/report
 
 demo-full: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.demo_full

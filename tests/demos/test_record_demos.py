@@ -196,7 +196,7 @@ class TestRounds:
             for n in ("whole", "cut")
         )
         assert torch.equal(whole[:]["action"], cut[:]["action"])
-        with pytest.raises(ValueError, match="noise: 0.2 there, None asked for"):
+        with pytest.raises(ValueError, match=r"noise: 0\.2 there, None asked for"):
             record(CountingEnv(2), tmp_path / "cut.h5", 4)
 
     def test_noise_is_no_negative_number(self, tmp_path):

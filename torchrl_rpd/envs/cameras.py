@@ -56,6 +56,11 @@ CAMERA_VIEWS: dict[str, CameraView] = {
             position=(0.0, 0.2, -0.1),
         ),
         CameraView(
+            "human_shifted",
+            "moved 0.07 m to its left and 0.035 m down: a third of human_moved",
+            position=(0.0, 0.07, -0.035),
+        ),
+        CameraView(
             "human_rotated",
             "turned in its place: leaning 15 degrees to its right, looking 10 down",
             rotation=(15.0, 10.0, 0.0),

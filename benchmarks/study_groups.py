@@ -48,6 +48,17 @@ def _best(flaw: str, title: str, seeds: tuple[int, ...] = THREE) -> Group:
     )
 
 
+def _fifth(flaw: str, seeds: tuple[int, ...] = THREE) -> Group:
+    """As _best; a random tenth of the frames is labelled, and what the teacher led."""
+    return Group(
+        f"preset=best, at most a fifth of the frames labelled, PickCube-v1: {flaw}",
+        f"{_BEST} flaw={flaw} teacher_action.query_fraction=0.1 "
+        "teacher_action.always_query_key=jump_start",
+        {"rpd": "algo=rpd"},
+        seeds,
+    )
+
+
 def _task(task: str, reward: str, settings: str, teacher: str) -> Group:
     """Settings tuned on PickCube-v1, a teacher that succeeds in about a half."""
     return Group(
@@ -87,6 +98,11 @@ GROUPS: dict[str, Group] = {
     "best_jitter": _best("jitter", "a shaking hand"),
     "best_chatter": _best("chatter", "a gripper that lets go now and then"),
     "best_blind": _best("blind", "nothing is done on the left part of the table"),
+    "fifth_cube_per_episode": _fifth("cube_per_episode"),
+    "fifth_goal": _fifth("goal", FIVE),
+    "fifth_jitter": _fifth("jitter"),
+    "fifth_chatter": _fifth("chatter"),
+    "fifth_blind": _fifth("blind"),
     # Without a teacher: the same in all of the groups above.
     "best_ppo": Group(
         "preset=best, PickCube-v1, sparse reward: PPO alone",

@@ -176,7 +176,7 @@ def record_demos(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}.")
-    if noise < 0:
+    if not noise >= 0:
         raise ValueError(f"noise must not be negative, got {noise}.")
     if instruction is None:
         if task_id not in TASKS:

@@ -31,7 +31,7 @@ _WEIGHTS = Path(__file__).with_name("pocket_vla.safetensors")
 class PocketVLATeacher(PocketVLA):
     """A small VLA that was trained on this package's own demonstrations.
 
-    Its weights (0.6 MB) come with the package, so that RPD from pictures, with a language-
+    Its weights (4 MB) come with the package, so that RPD from pictures, with a language-
     conditioned teacher that often fails, can be tried on any machine. One set of weights
     for all four tasks: the instruction chooses. How it was trained and how often it
     succeeds: docs/pocket_vla.md.

@@ -254,28 +254,19 @@ class TestJumpStart:
 
 
 class TestPixels:
-    def test_student_and_teacher_each_have_their_size(self, resolved):
-        values = resolved(
-            "preset=pixels",
-            "reward=sparse",
-            "task=push_cube",
-            "teacher=pocket",
-            "student=rgb",
-        )
+    @pytest.fixture
+    def values(self, resolved) -> dict[str, Any]:
+        words = "preset=pixels reward=sparse task=push_cube teacher=pocket student=rgb"
+        return resolved(*words.split())
+
+    def test_student_and_teacher_each_have_their_size(self, values):
         assert values["env.camera"] == values["env.teacher_camera"] == "human"
         assert values["env.image_size"] == 64
         assert values["env.teacher_image_size"] == 128
         assert values["env.light_visuals"] is True
         assert values["teacher.image_key"] == "teacher_image"
 
-    def test_the_coefficient_falls_within_the_budget(self, resolved):
-        values = resolved(
-            "preset=pixels",
-            "reward=sparse",
-            "task=push_cube",
-            "teacher=pocket",
-            "student=rgb",
-        )
+    def test_the_coefficient_falls_within_the_budget(self, values):
         assert values["schedule.end_frames"] < values["frames"]
         assert values["schedule.end"] < values["schedule.init"]
 

@@ -238,6 +238,26 @@ class TestCNN:
             (64, 64, 3, 3),
         ]
 
+    @pytest.mark.parametrize(("size", "side"), [((72, 80), 2), ((108, 120), 3)])
+    def test_downsample_is_the_mean_of_squares(self, size, side):
+        whole, squares = (
+            NatureCNN((size[0] // side, size[1] // side)),
+            NatureCNN(size, downsample=side),
+        )
+        squares.load_state_dict(whole.state_dict())
+        # Black and white alone, so that a sum that overflows is seen.
+        image = torch.randint(2, (2, 5, 3, *size)).to(torch.uint8) * 255
+        x = F.avg_pool2d(image.flatten(0, 1).float() / 255, side)
+        expected = whole.linear(whole.convolutions(x)).relu().unflatten(0, (2, 5))
+        torch.testing.assert_close(squares(image), expected)
+        torch.testing.assert_close(squares(image[0, 0]), expected[0, 0])
+
+    def test_downsample_adds_up_at_its_largest(self):
+        whole, squares = NatureCNN(36), NatureCNN(36 * 11, downsample=11)
+        squares.load_state_dict(whole.state_dict())
+        white = torch.full((1, 3, 36 * 11, 36 * 11), 255, dtype=torch.uint8)
+        torch.testing.assert_close(squares(white), whole(white[..., :36, :36]))
+
     def test_initialisation_of_the_released_code(self):
         student = cnn_actor_critic(36, 7)
         td = frames((64,))
@@ -432,12 +452,29 @@ class TestImagesThatDoNotFit:
         with pytest.raises(ValueError, match="at least 36 pixels"):
             cnn_actor_critic(size, 3)
 
+    @pytest.mark.parametrize(
+        ("size", "side"), [(128, 3), ((128, 126), 4), (128, 0), (48 * 12, 12)]
+    )
+    def test_no_squares(self, size, side):
+        with pytest.raises(ValueError, match="a divisor of both, at most 11"):
+            cnn_actor_critic(size, 3, downsample=side)
+
+    def test_too_small_in_squares(self):
+        with pytest.raises(ValueError, match="with downsample=2 is too small"):
+            cnn_actor_critic(70, 3, downsample=2)
+
 
 class TestImageFiles:
-    @pytest.mark.parametrize("state", [None, 4])
-    def test_saved_student_acts_the_same(self, tmp_path, state):
+    @pytest.mark.parametrize(("state", "side"), [(None, 1), (4, 2)])
+    def test_saved_student_acts_the_same(self, tmp_path, state, side):
+        size = 36 * side, 44 * side
         student = cnn_actor_critic(
-            (36, 44), 3, state_dim=state, log_std_init=-1.0, image_key="pixels"
+            size,
+            3,
+            downsample=side,
+            state_dim=state,
+            log_std_init=-1.0,
+            image_key="pixels",
         )
         with torch.no_grad():
             for p in student.actor.parameters():
@@ -449,7 +486,7 @@ class TestImageFiles:
         assert loaded.metadata == {"task": "PickCube-v1"}
         td = TensorDict(
             {
-                "pixels": torch.randint(256, (2, 3, 36, 44)).to(torch.uint8),
+                "pixels": torch.randint(256, (2, 3, *size)).to(torch.uint8),
                 "observation": {"state": torch.randn(2, 4)},
             },
             [2],

@@ -2,7 +2,7 @@
 #
 #   make install     the environment alone
 #   make demo        train the demonstration (minutes on two cores)
-#   make demo-vla    the same from pictures: the pocket VLA teaches, the student sees 64 pixels
+#   make demo-vla    the same from pictures: the pocket VLA teaches, the student sees 80 pixels
 #   make demo-full   every arm and seed of the committed results (hours)
 #   make bench       measure the speed again, for benchmarks/results
 #   make test        tests without `slow` and `gpu`; make test-all has them all
@@ -64,7 +64,7 @@ demo: $(INSTALLED)
 # A short version of benchmarks/study_groups.py's vla_push_cube.
 demo-vla: $(INSTALLED)
 	@$(BIN)/python examples/rpd.py preset=pixels task=push_cube reward=sparse teacher=pocket \
-	    student=rgb frames=30000 schedule.start_frames=10000 schedule.end_frames=18000 \
+	    student=rgb frames=30000 schedule.start_frames=10000 schedule.end_frames=16000 \
 	    episodes=100 checkpoint.every=null name=demo_vla
 	@$(BIN)/python examples/report.py runs/demo_vla --out runs/demo_vla/report
 

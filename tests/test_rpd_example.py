@@ -36,6 +36,7 @@ from torchrl_rpd.students import ActorCritic
 from torchrl_rpd.teachers import CHECKPOINTS
 from torchrl_rpd.teachers.octo import write_random_checkpoint
 from torchrl_rpd.teachers.openvla import write_tiny_checkpoint
+from torchrl_rpd.teachers.pocket import PocketVLA
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "examples" / "conf"
@@ -263,7 +264,9 @@ class TestPixels:
         assert values["env.camera"] == values["env.teacher_camera"] == "human"
         # Two sizes would be drawn twice.
         assert values["env.image_size"] == values["env.teacher_image_size"] == 128
-        assert values["env.image_size"] / values["student.downsample"] == 64
+        # Both look at the same part of it, the model by shares.
+        top, left, side = (int(128 * share) for share in PocketVLA().config["crop"])
+        assert values["student.crop"] == [top, left, side, side]
         assert values["env.light_visuals"] is True
         assert values["teacher.image_key"] == "teacher_image"
 

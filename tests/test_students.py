@@ -238,25 +238,16 @@ class TestCNN:
             (64, 64, 3, 3),
         ]
 
-    @pytest.mark.parametrize(("size", "side"), [((72, 80), 2), ((108, 120), 3)])
-    def test_downsample_is_the_mean_of_squares(self, size, side):
-        whole, squares = (
-            NatureCNN((size[0] // side, size[1] // side)),
-            NatureCNN(size, downsample=side),
-        )
-        squares.load_state_dict(whole.state_dict())
-        # Black and white alone, so that a sum that overflows is seen.
-        image = torch.randint(2, (2, 5, 3, *size)).to(torch.uint8) * 255
-        x = F.avg_pool2d(image.flatten(0, 1).float() / 255, side)
-        expected = whole.linear(whole.convolutions(x)).relu().unflatten(0, (2, 5))
-        torch.testing.assert_close(squares(image), expected)
-        torch.testing.assert_close(squares(image[0, 0]), expected[0, 0])
-
-    def test_downsample_adds_up_at_its_largest(self):
-        whole, squares = NatureCNN(36), NatureCNN(36 * 11, downsample=11)
-        squares.load_state_dict(whole.state_dict())
-        white = torch.full((1, 3, 36 * 11, 36 * 11), 255, dtype=torch.uint8)
-        torch.testing.assert_close(squares(white), whole(white[..., :36, :36]))
+    def test_crop(self):
+        part, whole = NatureCNN((36, 44)), NatureCNN(64, crop=[20, 8, 36, 44])
+        whole.load_state_dict(part.state_dict())
+        image = torch.randint(256, (2, 5, 3, 64, 64)).to(torch.uint8)
+        expected = part(image[..., 20:56, 8:52].clone())
+        assert torch.equal(whole(image), expected)
+        # What lies around it is not seen.
+        image[..., :20, :] = 0
+        image[..., 52:] = 255
+        assert torch.equal(whole(image), expected)
 
     def test_initialisation_of_the_released_code(self):
         student = cnn_actor_critic(36, 7)
@@ -452,26 +443,35 @@ class TestImagesThatDoNotFit:
         with pytest.raises(ValueError, match="at least 36 pixels"):
             cnn_actor_critic(size, 3)
 
-    @pytest.mark.parametrize(
-        ("size", "side"), [(128, 3), ((128, 126), 4), (128, 0), (48 * 12, 12)]
-    )
-    def test_no_squares(self, size, side):
-        with pytest.raises(ValueError, match="a divisor of both, at most 11"):
-            cnn_actor_critic(size, 3, downsample=side)
+    def test_crop_needs_the_whole_picture(self):
+        encoder = NatureCNN(64, crop=[20, 8, 36, 44])
+        with pytest.raises(ValueError, match=r"built for \(3, 64, 64\)"):
+            encoder(torch.zeros(2, 3, 36, 44, dtype=torch.uint8))
 
-    def test_too_small_in_squares(self):
-        with pytest.raises(ValueError, match="with downsample=2 is too small"):
-            cnn_actor_critic(70, 3, downsample=2)
+    @pytest.mark.parametrize(
+        "crop", [(-1, 0, 40, 40), (0, -1, 40, 40), (25, 0, 40, 40), (0, 25, 40, 40)]
+    )
+    def test_crop_outside(self, crop):
+        with pytest.raises(ValueError, match="does not lie in an image of 64 x 64"):
+            cnn_actor_critic(64, 3, crop=crop)
+
+    def test_crop_of_other_numbers(self):
+        with pytest.raises(ValueError, match="four numbers"):
+            cnn_actor_critic(64, 3, crop=(0, 40))
+
+    def test_crop_too_small(self):
+        with pytest.raises(ValueError, match="35 x 40 pixels are too few"):
+            cnn_actor_critic(64, 3, crop=(0, 0, 35, 40))
 
 
 class TestImageFiles:
-    @pytest.mark.parametrize(("state", "side"), [(None, 1), (4, 2)])
-    def test_saved_student_acts_the_same(self, tmp_path, state, side):
-        size = 36 * side, 44 * side
+    @pytest.mark.parametrize(("state", "crop"), [(None, None), (4, (4, 0, 38, 43))])
+    def test_saved_student_acts_the_same(self, tmp_path, state, crop):
+        size = 42, 44
         student = cnn_actor_critic(
             size,
             3,
-            downsample=side,
+            crop=crop,
             state_dim=state,
             log_std_init=-1.0,
             image_key="pixels",

@@ -107,18 +107,19 @@ def fast_controller(steps: int) -> Row:
     )
 
 
-def processes(steps: int) -> Row:
+def processes(steps: int, *, fast: bool) -> Row:
     """What a second process brings."""
     student = mlp_actor_critic(35, 7).actor
     sides = {}
     for workers in (1, 2):
         env = ManiSkillEnv(
-            TASK, num_envs=ENVS // workers, num_workers=workers, fast_controller=True
+            TASK, num_envs=ENVS // workers, num_workers=workers, fast_controller=fast
         )
         sides[str(workers)] = collector_of(env, student, ENVS * steps)
     seconds = batch_by_batch(sides)
+    controller = "fast_controller" if fast else "stock controller"
     return Row(
-        "state, student acts: one process / two workers",
+        f"state, {controller}, student acts: one process / two workers",
         ratios(seconds["1"], seconds["2"]),
         at_least=1.5,
     )
@@ -129,6 +130,7 @@ def rows(*, device: torch.device) -> list[Row]:
     return [
         overhead("state", 25, 1.15),
         fast_controller(25),
-        processes(50),
+        processes(25, fast=False),
+        processes(50, fast=True),
         overhead("rgb", 2, 1.03),
     ]

@@ -67,7 +67,7 @@ class CNNStudentConfig(_StudentConfig):
 
     image_size: Any = None
     action_dim: int | None = None
-    downsample: int = 1
+    crop: list[int] | None = None
     state_dim: int | None = None
     log_std_init: Any = -0.5
     image_key: Any = field(default_factory=lambda: ["observation", "image"])

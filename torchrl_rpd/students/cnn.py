@@ -30,8 +30,6 @@ __all__ = ["NatureCNN", "cnn_actor_critic"]
 
 _KERNELS, _STRIDES, _CHANNELS = (8, 4, 3), (4, 2, 1), (32, 64, 64)
 _FEATURES, _HIDDEN = 256, 512
-# Squares of more bytes do not add up within an int16.
-_LARGEST = 11
 # Written by the encoder and read by the heads; never stored.
 _FEATURES_KEY = "features"
 
@@ -46,17 +44,16 @@ class NatureCNN(nn.Module):
 
     Args:
         image_size (int or tuple of int): height and width, or one number for both; at
-            least 36 after ``downsample``.
+            least 36.
 
     Keyword Args:
         out_features (int): width of the output. Default: ``256``.
-        downsample (int): side of the squares of pixels of which only the mean is seen, so
-            that pictures of 128 pixels are seen as 64 for ``2``. Default: ``1``, every
-            pixel.
+        crop (sequence of 4 ints, optional): top, left, height and width in pixels of the
+            part of the image that it looks at. Default: ``None``, all of it.
 
     Raises:
-        ValueError: if the image is too small for the convolutions, cannot be divided
-            into squares, or has another shape than it was built for.
+        ValueError: if the image or the crop is too small for the convolutions, the crop
+            lies outside, or an image has another shape than it was built for.
         TypeError: if an image is not uint8.
 
     Examples:
@@ -72,12 +69,13 @@ class NatureCNN(nn.Module):
         image_size: int | tuple[int, int],
         *,
         out_features: int = _FEATURES,
-        downsample: int = 1,
+        crop: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        height, width = _seen(image_size, downsample)
-        self.image_shape = (3, height * downsample, width * downsample)
-        self.downsample = downsample
+        full = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_shape = (3, *full)
+        rows, columns = _window(full, crop)
+        self._window = (..., slice(*rows), slice(*columns))
         self.convolutions = ConvNet(
             in_features=3,
             num_cells=list(_CHANNELS),
@@ -85,7 +83,8 @@ class NatureCNN(nn.Module):
             strides=list(_STRIDES),
             activation_class=nn.ReLU,
         )
-        flat = _CHANNELS[-1] * _convolved(height) * _convolved(width)
+        positions = _convolved(rows[1] - rows[0]) * _convolved(columns[1] - columns[0])
+        flat = _CHANNELS[-1] * positions
         self.linear = nn.Linear(flat, out_features)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -100,9 +99,7 @@ class NatureCNN(nn.Module):
                 f"The images are {tuple(image.shape[-3:])}, but the encoder was built "
                 f"for {self.image_shape}, channels first."
             )
-        if self.downsample > 1:
-            image = _summed(image, self.downsample)
-        scaled = (image / (255 * self.downsample**2)).to(self.linear.weight.dtype)
+        scaled = (image[self._window] / 255).to(self.linear.weight.dtype)
         return self.linear(self.convolutions(scaled)).relu()
 
 
@@ -112,11 +109,11 @@ class _Encoder(nn.Module):
     def __init__(
         self,
         image_size: int | tuple[int, int],
-        downsample: int,
+        crop: Sequence[int] | None,
         state_dim: int | None,
     ) -> None:
         super().__init__()
-        self.image = NatureCNN(image_size, downsample=downsample)
+        self.image = NatureCNN(image_size, crop=crop)
         # As the released code: without activation, PyTorch's own initialisation.
         self.state = None if state_dim is None else nn.Linear(state_dim, _FEATURES)
         self.out_features = _FEATURES if state_dim is None else 2 * _FEATURES
@@ -132,7 +129,7 @@ def cnn_actor_critic(
     image_size: int | tuple[int, int],
     action_dim: int,
     *,
-    downsample: int = 1,
+    crop: Sequence[int] | None = None,
     state_dim: int | None = None,
     log_std_init: float | Sequence[float] = -0.5,
     image_key: NestedKey = ("observation", "image"),
@@ -162,14 +159,14 @@ def cnn_actor_critic(
 
     Args:
         image_size (int or tuple of int): height and width, or one number for both; at
-            least 36 after ``downsample``. The paper has 256.
+            least 36. The paper has 256.
         action_dim (int): ``A`` of the ``[*B, A]`` float32 action.
 
     Keyword Args:
-        downsample (int): side of the squares of pixels of which only the mean is seen.
-            With ``2`` pictures of 128 pixels are seen as 64: where the teacher needs
-            those of 128, the simulator draws one picture for both, and the
-            convolutions cost what they cost with 64. Default: ``1``, every pixel.
+        crop (sequence of 4 ints, optional): top, left, height and width in pixels of the
+            part of the image that the student looks at: where the task takes place, in
+            as many pixels as there are. A teacher can have the whole of the same
+            picture, which is then drawn once. Default: ``None``, all of it.
         state_dim (int, optional): ``D`` of a ``[*B, D]`` float32 state that the student
             sees beside the image (256 more features, linear). Default: ``None``, no
             state, as in the paper.
@@ -186,8 +183,8 @@ def cnn_actor_critic(
         an :class:`ActorCritic`.
 
     Raises:
-        ValueError: if the images are too small for the convolutions, or cannot be
-            divided into squares.
+        ValueError: if images or crop are too small for the convolutions, or the crop
+            lies outside.
 
     Examples:
         >>> import torch
@@ -210,7 +207,7 @@ def cnn_actor_critic(
         ... )
     """
     image_key, state_key = key_from_json(image_key), key_from_json(state_key)
-    encoder = _Encoder(image_size, downsample, state_dim)
+    encoder = _Encoder(image_size, crop, state_dim)
     common = TensorDictModule(
         encoder,
         in_keys=[image_key] if state_dim is None else [image_key, state_key],
@@ -233,7 +230,7 @@ def cnn_actor_critic(
     config = {
         "image_size": image_size if isinstance(image_size, int) else list(image_size),
         "action_dim": action_dim,
-        "downsample": downsample,
+        "crop": None if crop is None else [*crop],
         "state_dim": state_dim,
         "log_std_init": (
             log_std_init if isinstance(log_std_init, int | float) else [*log_std_init]
@@ -254,35 +251,26 @@ def cnn_actor_critic(
 BUILDERS["cnn_actor_critic"] = cnn_actor_critic
 
 
-def _seen(image_size: int | tuple[int, int], downsample: int) -> tuple[int, int]:
-    """Height and width of what the convolutions see."""
-    height, width = (
-        (image_size, image_size) if isinstance(image_size, int) else image_size
-    )
-    if not 1 <= downsample <= _LARGEST or height % downsample or width % downsample:
+def _window(
+    full: tuple[int, int], crop: Sequence[int] | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last row, then column, of what the convolutions see."""
+    if crop is not None and len(crop) != 4:
         raise ValueError(
-            f"Pictures of {height} x {width} pixels cannot be divided into squares of "
-            f"downsample={downsample}: use a divisor of both, at most {_LARGEST}."
+            f"crop={[*crop]}: give four numbers, top, left, height and width."
         )
-    height, width = height // downsample, width // downsample
+    top, left, height, width = (0, 0, *full) if crop is None else crop
+    if min(top, left) < 0 or top + height > full[0] or left + width > full[1]:
+        raise ValueError(
+            f"crop={[top, left, height, width]} (top, left, height, width) does not lie "
+            f"in an image of {full[0]} x {full[1]} pixels."
+        )
     if min(_convolved(height), _convolved(width)) < 1:
-        squares = f" with downsample={downsample}" if downsample > 1 else ""
         raise ValueError(
-            f"image_size={image_size}{squares} is too small for the convolutions of "
-            "NatureCNN: they need at least 36 pixels on both sides."
+            f"{height} x {width} pixels are too few for the convolutions of NatureCNN: "
+            "image_size, or crop if there is one, has at least 36 pixels on both sides."
         )
-    return height, width
-
-
-def _summed(image: Tensor, side: int) -> Tensor:
-    """Sums of the squares of pixels, as int16: several times faster than avg_pool2d."""
-    rows = image[..., ::side, :].to(torch.int16)
-    for i in range(1, side):
-        rows += image[..., i::side, :]
-    sums = rows[..., ::side].clone()
-    for i in range(1, side):
-        sums += rows[..., i::side]
-    return sums
+    return (top, top + height), (left, left + width)
 
 
 def _convolved(pixels: int) -> int:

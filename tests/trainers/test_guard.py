@@ -174,6 +174,20 @@ class TestCollapse:
         assert "effective sample size" in told[-1] or "KL" in told[-1]
         assert not list(tmp_path.iterdir())  # the run went on
 
+    def test_told_when_it_begins(self, tmp_path, monkeypatch):
+        told, logged = [], []
+        monkeypatch.setattr(module.logger, "warning", told.append)
+        guard = NumericalGuard(tmp_path, max_kl=2.0)
+        trainer = trainer_of(ReachEnv(8), guard)
+        for kl in (5.0, 5.0, 0.1, 5.0):
+            trainer._log_dict["kl_k3"].append(kl)
+            trainer.collected_frames += PER_BATCH
+            logged.append("guard/collapse" in (guard._log(TensorDict()) or {}))
+        assert logged == [True, True, False, True]
+        first, again = told
+        assert f"after {PER_BATCH} frames" in first
+        assert f"after {4 * PER_BATCH} frames" in again
+
     def test_a_steady_one(self, tmp_path, monkeypatch):
         told = []
         monkeypatch.setattr(module.logger, "warning", told.append)

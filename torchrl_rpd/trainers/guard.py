@@ -67,10 +67,11 @@ class NumericalGuard(StatelessHook):
     student's own, and stops the run in any case; so does a minibatch of which no row is
     left.
 
-    A collapse does not stop the run. It is told once per batch, as a warning, when the
-    policy has moved further from the rollout's than ``max_kl`` or the effective sample
-    size is a smaller share of the minibatch than ``min_ess`` (means over the batch's
-    minibatches): most of the batch then says nothing about this policy.
+    A collapse does not stop the run. It is logged (``guard/collapse``), and told as a
+    warning at the first such batch in a row, when the policy has moved further from the
+    rollout's than ``max_kl`` or the effective sample size is a smaller share of the
+    minibatch than ``min_ess`` (means over the batch's minibatches): most of the batch then
+    says nothing to PPO about this policy. Imitation does not mind.
 
     One look waits for the device: on a GPU it costs one synchronisation per minibatch,
     which :class:`~torchrl_rpd.trainers.TargetKLStepper` with a target has anyway.
@@ -135,6 +136,7 @@ class NumericalGuard(StatelessHook):
         # Rows of the batch under way that are left out, and whether any were before.
         self._masked = 0
         self._told = False
+        self._in_collapse = False
 
     def _bad_rows(self, batch: TensorDictBase) -> dict[NestedKey, Tensor]:
         """Which rows are not finite, bool ``[*B]`` of each entry that is there."""
@@ -259,15 +261,17 @@ class NumericalGuard(StatelessHook):
             signs.append(
                 f"effective sample size {ess:.1%}, less than {self.min_ess:.0%}"
             )
-        if not signs:
-            return False
-        frames = self._trainer.collected_frames
-        logger.warning(
-            f"The policy collapsed onto few samples after {frames} frames: "
-            f"{'; '.join(signs)}. Lower the learning rate, num_epochs or the distillation "
-            "coefficient, or use a target KL."
-        )
-        return True
+        before, self._in_collapse = self._in_collapse, bool(signs)
+        if signs and not before:
+            frames = self._trainer.collected_frames
+            logger.warning(
+                f"The policy collapsed onto few samples after {frames} frames: "
+                f"{'; '.join(signs)}. That is fine as long as a high coefficient has the "
+                "student imitate, and guard/collapse tells how long it lasts; after that, "
+                "lower the learning rate, num_epochs or the coefficient, or use a target "
+                "KL."
+            )
+        return bool(signs)
 
     def register(self, trainer: Trainer, name: str = "numerical_guard") -> None:
         """Registers at ``batch_process``, ``post_steps_log`` and the loss's forward."""

@@ -133,6 +133,8 @@ def work(job: Job) -> None:
                 **os.environ,
                 "PYTHONPATH": str(REPOSITORY),
                 "OMP_NUM_THREADS": "1",
+                # Lavapipe draws in the process's own thread: one run, one core.
+                "LP_NUM_THREADS": "0",
             },
             check=False,
         ).returncode

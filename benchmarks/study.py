@@ -161,7 +161,7 @@ def config_of(overrides: list[str]) -> dict[str, str]:
     pairs = dict(word.split("=", 1) for word in overrides)
     for name in ("seed", "algo", "trainer.progress_bar"):
         pairs.pop(name, None)
-    return {"sees.student": "state", **pairs}
+    return {"sees.student": pairs.pop("student", "state"), **pairs}
 
 
 def verdict(arms: list[Any]) -> list[str]:

@@ -150,5 +150,13 @@ def test_every_command_makes_sense():
             assert f"frames={cfg.frames}" in words
 
 
+@pytest.mark.parametrize(
+    ("group", "student"), [("vla_push_cube", "rgb"), ("best_goal", "state")]
+)
+def test_what_the_student_sees_is_in_the_title(group, student):
+    config = study.config_of(study.Job(group, "rpd", 0).overrides)
+    assert config["sees.student"] == student
+
+
 if __name__ == "__main__":
     pytest.main([__file__])

@@ -82,12 +82,12 @@ _RELEASED = (
     "checkpoint.every=64000 episodes=200"
 )
 
-# Teacher and student see pictures, each in its own size.
+# Teacher and student see one picture, the student a part of it.
 _VLA = "reward=sparse preset=pixels frames=64000 teacher=pocket student=rgb"
 # Longer episodes, and a cube that has to be grasped: all of it takes two and a half times
 # as long.
 _VLA_PICK = (
-    f"{_VLA} frames=150000 schedule.start_frames=25000 schedule.end_frames=62500"
+    f"{_VLA} frames=160000 schedule.start_frames=37500 schedule.end_frames=75000"
 )
 _SHIFTED = "env.camera=human_shifted env.teacher_camera=human_shifted"
 

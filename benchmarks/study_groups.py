@@ -83,7 +83,7 @@ _RELEASED = (
 )
 
 # Teacher and student see one picture, the student a part of it.
-_VLA = "reward=sparse preset=pixels frames=64000 teacher=pocket student=rgb"
+_VLA = "reward=sparse preset=pixels frames=72000 teacher=pocket student=rgb"
 # Longer episodes, and a cube that has to be grasped: all of it takes two and a half times
 # as long.
 _VLA_PICK = (

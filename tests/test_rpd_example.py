@@ -274,6 +274,14 @@ class TestPixels:
         assert values["schedule.end_frames"] < values["frames"]
         assert values["schedule.end"] < values["schedule.init"]
 
+    def test_the_rate_falls_before_the_coefficient_and_within_the_budget(self, values):
+        batch = 16 * values["trainer.steps_per_batch"]
+        milestones = values["trainer.lr_scheduler.milestones"]
+        assert milestones[0] * batch < values["schedule.end_frames"]
+        assert milestones[-1] * batch < values["frames"]
+        # Two schedules of one rate would overwrite each other.
+        assert values["trainer.anneal_from"] is None
+
 
 class TestControls:
     """Everything else is equal."""

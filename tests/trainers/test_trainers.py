@@ -42,10 +42,15 @@ def steer(td):
     return ((goal - td["observation"]) / 0.2).clamp(-1, 1)
 
 
+def halved(optimizer):
+    """The learning rate of each batch is half of the one before."""
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
 class Run:
     """A small RPD run on a toy environment."""
 
-    def __init__(self, batches=3, coeff=1.0, seed=0, **kwargs):
+    def __init__(self, batches=3, coeff=1.0, seed=0, scheduler=None, **kwargs):
         torch.manual_seed(seed)
         self.teacher = TeacherActionTransform(steer, in_keys=["observation"])
         env = TransformedEnv(ReachEnv(8), Compose(StepCounter(), self.teacher))
@@ -75,6 +80,8 @@ class Run:
         kwargs.setdefault("target_kl", None)
         kwargs.setdefault("num_epochs", 4)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=3e-3)
+        if scheduler is not None:
+            kwargs["lr_scheduler"] = scheduler(self.optimizer)
         self.trainer = make_ppo_trainer(
             collector=collector,
             loss_module=self.loss,
@@ -216,6 +223,12 @@ class TestTargetKL:
         run = Run(batches=4, anneal_from=0.5)
         run.trainer.train()
         assert run.log("lr") == pytest.approx([3e-3, 3e-3, 1.5e-3, 0.0])
+
+    def test_torchrls_scheduler_steps_once_per_batch(self):
+        run = Run(batches=3, scheduler=halved)
+        run.trainer.train()
+        # The rate after each batch, of which the first had 3e-3.
+        assert run.log("lr") == pytest.approx([1.5e-3, 0.75e-3, 0.375e-3])
 
     def test_means_are_over_all_minibatches(self):
         run = Run(batches=1)
@@ -376,6 +389,10 @@ class TestRefusals:
     def test_arguments_that_are_set(self):
         with pytest.raises(TypeError, match="optim_steps_per_batch"):
             Run(optim_steps_per_batch=5)
+
+    def test_two_courses_of_one_learning_rate(self):
+        with pytest.raises(ValueError, match=r"anneal_from=0\.5 and lr_scheduler"):
+            Run(anneal_from=0.5, scheduler=halved)
 
     def test_optimiser_of_other_parameters(self):
         run = Run()

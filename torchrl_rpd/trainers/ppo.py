@@ -71,7 +71,8 @@ def make_ppo_trainer(
         target_kl (float, optional): in nats. Default: ``0.2``, the released code.
         kl_rule (str): ``"stop"`` (released), ``"distill_only"`` or ``"adaptive_lr"``.
         anneal_from (float, optional): share of ``total_frames`` from which the learning
-            rate falls to 0. Default: never, the released code.
+            rate falls to 0. Default: never, the released code. Any other course is
+            TorchRL's ``lr_scheduler``, stepped once per batch.
         compile (bool or dict): whether the loss runs through ``torch.compile``, with
             the entries of a dictionary as its arguments, e.g.
             ``{"mode": "reduce-overhead"}`` for CUDA graphs (*not run here*). It compiles
@@ -88,7 +89,8 @@ def make_ppo_trainer(
 
     Raises:
         TypeError: for arguments that the wiring above sets itself.
-        ValueError: if the optimiser does not hold the loss's parameters.
+        ValueError: if the optimiser does not hold the loss's parameters, or for
+            ``anneal_from`` beside ``lr_scheduler``.
 
     Examples:
         >>> import torch
@@ -132,6 +134,11 @@ def make_ppo_trainer(
         raise TypeError(
             f"{sorted(fixed & set(kwargs))} are set by make_ppo_trainer. Build a "
             "PPOTrainer yourself to choose them."
+        )
+    if anneal_from is not None and kwargs.get("lr_scheduler") is not None:
+        raise ValueError(
+            f"anneal_from={anneal_from} and lr_scheduler would overwrite each other's "
+            "learning rate: give one of them."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in loss_module.named_parameters() if id(p) not in held]

@@ -125,15 +125,13 @@ def numbers(result: EvaluationResult | None) -> dict[str, Any] | None:
 
 
 def wire_log(trainer: Trainer, cfg: DictConfig) -> None:
-    """The progress bar of a resumed run; the configuration for wandb."""
+    """The progress bar counts frames; the configuration for wandb."""
 
-    def start_bar() -> None:
-        # Of a run that goes on, the bar would begin at 0 and misjudge the time left.
+    def name_unit() -> None:
         if trainer.progress_bar:
-            trainer._pbar.initial = trainer._pbar.n = trainer.collected_frames
             trainer._pbar.unit = " frames"
 
-    trainer.register_op("setup", start_bar)
+    trainer.register_op("setup", name_unit)
     if isinstance(trainer.logger, WandbLogger):
         trainer.logger.log_hparams(OmegaConf.to_container(cfg, resolve=True))
 

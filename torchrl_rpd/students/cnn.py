@@ -75,7 +75,7 @@ class NatureCNN(nn.Module):
         full = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (3, *full)
         rows, columns = _window(full, crop)
-        self._window = (..., slice(*rows), slice(*columns))
+        self._window = (..., rows, columns)
         self.convolutions = ConvNet(
             in_features=3,
             num_cells=list(_CHANNELS),
@@ -83,8 +83,8 @@ class NatureCNN(nn.Module):
             strides=list(_STRIDES),
             activation_class=nn.ReLU,
         )
-        positions = _convolved(rows[1] - rows[0]) * _convolved(columns[1] - columns[0])
-        flat = _CHANNELS[-1] * positions
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        flat = _CHANNELS[-1] * _convolved(height) * _convolved(width)
         self.linear = nn.Linear(flat, out_features)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -251,10 +251,8 @@ def cnn_actor_critic(
 BUILDERS["cnn_actor_critic"] = cnn_actor_critic
 
 
-def _window(
-    full: tuple[int, int], crop: Sequence[int] | None
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First and last row, then column, of what the convolutions see."""
+def _window(full: tuple[int, int], crop: Sequence[int] | None) -> tuple[slice, slice]:
+    """Rows and columns of what the convolutions see."""
     if crop is not None and len(crop) != 4:
         raise ValueError(
             f"crop={[*crop]}: give four numbers, top, left, height and width."
@@ -270,7 +268,7 @@ def _window(
             f"{height} x {width} pixels are too few for the convolutions of NatureCNN: "
             "image_size, or crop if there is one, has at least 36 pixels on both sides."
         )
-    return (top, top + height), (left, left + width)
+    return slice(top, top + height), slice(left, left + width)
 
 
 def _convolved(pixels: int) -> int:

@@ -64,8 +64,7 @@ demo: $(INSTALLED)
 # A short version of benchmarks/study_groups.py's vla_push_cube.
 demo-vla: $(INSTALLED)
 	@$(BIN)/python examples/rpd.py preset=pixels task=push_cube reward=sparse teacher=pocket \
-	    student=rgb frames=32000 schedule.start_frames=10000 schedule.end_frames=16000 \
-	    episodes=100 checkpoint.every=null name=demo_vla
+	    student=rgb frames=38400 episodes=100 checkpoint.every=null name=demo_vla
 	@$(BIN)/python examples/report.py runs/demo_vla --out runs/demo_vla/report
 
 demo-full: $(INSTALLED)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,7 @@ class Run:
         stop_after: int | None = None,
         config: dict | None = None,
         keep_last: int = 9,
+        scheduler: Callable | None = None,
         **trainer_kwargs,
     ) -> None:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -135,6 +137,9 @@ class Run:
         self.loss = DistillPPOLoss(
             self.student.actor, self.student.critic, normalize_advantage=True
         )
+        optimizer = torch.optim.Adam(self.loss.parameters(), lr=3e-3)
+        if scheduler is not None:
+            trainer_kwargs["lr_scheduler"] = scheduler(optimizer)
         self.trainer = make_ppo_trainer(
             collector=Collector(
                 env,
@@ -144,7 +149,7 @@ class Run:
                 auto_register_policy_transforms=False,
             ),
             loss_module=self.loss,
-            optimizer=torch.optim.Adam(self.loss.parameters(), lr=3e-3),
+            optimizer=optimizer,
             gae=FiniteHorizonGAE(
                 gamma=0.9, lmbda=0.9, value_network=self.student.critic
             ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from resumable import (
     contents,
 )
 from tensordict import TensorDict
+from torch.optim.lr_scheduler import MultiStepLR
 from torchrl.envs import Transform
 from toy_envs import ReachEnv
 
@@ -49,6 +51,8 @@ VARIANTS = {
     },
     # Off after the first batch: it must not be asked again after the new start.
     "teacher_switched_off": {"coeff_frames": 40},
+    # As preset=pixels: the rate of the second half is another.
+    "lr_scheduler": {"scheduler": partial(MultiStepLR, milestones=[1, 3], gamma=0.1)},
     # Without streams the environment is given a new seed at each checkpoint.
     "no_streams": {"env": ReachEnv},
 }

@@ -84,8 +84,8 @@ _RELEASED = (
 
 # Teacher and student see one picture, the student a part of it.
 _VLA = "reward=sparse preset=pixels frames=72000 teacher=pocket student=rgb"
-# Longer episodes, and a cube that has to be grasped: all of it takes two and a half times
-# as long.
+# Longer episodes, and a cube that has to be grasped: all of it takes more than twice as
+# long.
 _VLA_PICK = (
     f"{_VLA} frames=160000 schedule.start_frames=37500 schedule.end_frames=75000 "
     "trainer.lr_scheduler.milestones=[15,20,45]"

@@ -218,6 +218,10 @@ def page(group: str) -> str:
         lines += [f"![curves]({picture})", ""]
         lines += [*final_table(arms), *steps_table(arms, None, AROUND)]
         lines += [
+            "Each point of a curve: a few episodes, the same ones for all points and runs "
+            "(`evaluation.episodes`). The table's rates: others, and more of them "
+            "(`episodes`); so a curve may end below or above its row.",
+            "",
             f"Steps to a rate: the first mean of {AROUND} evaluations in a row over it.",
             "",
         ]

@@ -61,6 +61,11 @@ CAMERA_VIEWS: dict[str, CameraView] = {
             position=(0.0, 0.07, -0.035),
         ),
         CameraView(
+            "human_nudged",
+            "moved 0.045 m to its left and 0.0225 m down",
+            position=(0.0, 0.045, -0.0225),
+        ),
+        CameraView(
             "human_rotated",
             "turned in its place: leaning 15 degrees to its right, looking 10 down",
             rotation=(15.0, 10.0, 0.0),

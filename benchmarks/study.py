@@ -49,7 +49,8 @@ RUNS = REPOSITORY / "runs" / "study"
 # One process per run: two runs at a time use two cores better than one run with workers.
 ALWAYS = ("env.num_workers=1", "env.num_envs=16", "trainer.progress_bar=false")
 AROUND = 3  # a single one has few episodes
-FRAMES_PER_SECOND = 220  # of one core, from earlier runs: for the plan alone
+# Of one core, from earlier runs: for the plan alone.
+FRAMES_PER_SECOND = {"state": 220, "pictures": 70}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class Job:
         """Of its budget."""
         last = [word for word in self.overrides if word.startswith("frames=")][-1]
         return int(last.removeprefix("frames="))
+
+    @property
+    def hours(self) -> float:
+        """About how long one core needs."""
+        sees = "pictures" if "student=rgb" in self.overrides else "state"
+        return self.frames / FRAMES_PER_SECOND[sees] / 3600
 
 
 def file_of(group: str) -> Path:
@@ -259,7 +266,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.page:
         jobs = todo(args.groups, args.seeds)
-        hours = sum(job.frames for job in jobs) / FRAMES_PER_SECOND / 3600
+        hours = sum(job.hours for job in jobs)
         print(f"{len(jobs)} runs to do, about {hours:.1f} core-hours", flush=True)
         for job in jobs if args.plan else ():
             print(f"  {job.group}/{job.name}: {shlex.join(job.overrides)}")

@@ -91,6 +91,13 @@ def test_what_is_left(made_up, monkeypatch):
     assert study.Job("made_up", "rpd", 0).frames == 2000
 
 
+def test_the_hours_of_the_plan():
+    state = study.Job("best_goal", "rpd", 0)
+    pictures = study.Job("vla_push_cube", "rpd", 0)
+    assert state.hours == pytest.approx(state.frames / 220 / 3600)
+    assert pictures.hours == pytest.approx(72_000 / 70 / 3600)
+
+
 def test_a_page(made_up):
     for seed, (rpd, imitation) in enumerate([(0.90, 0.50), (0.94, 0.30)]):
         enter("rpd", seed, rpd)

@@ -22,6 +22,7 @@ from torchrl_rpd.envs._build import (
     make,
     with_pose,
 )
+from torchrl_rpd.envs._garbage import one_collection
 from torchrl_rpd.envs._plan import Plan
 from torchrl_rpd.envs._rendering import choose_render_backend
 from torchrl_rpd.envs._scene import TEACHER_CAMERA, SceneChanges
@@ -247,7 +248,8 @@ class ManiSkillEnv(ManiSkillWrapper, metaclass=_ManiSkillEnvMeta):
             **kwargs,
         )
         if sim_backend == "physx_cpu":
-            envs = [build(num_envs=1) for _ in range(num_envs)]
+            with one_collection():
+                envs = [build(num_envs=1) for _ in range(num_envs)]
         else:
             envs = [build(num_envs=num_envs)]
         if fast_controller:

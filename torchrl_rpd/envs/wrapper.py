@@ -377,8 +377,9 @@ class ManiSkillWrapper(_EnvWrapper):
                 raise RuntimeError("The environment is closed already.")
             return
         self.is_closed = True
-        for env in self._env:
-            env.close()
+        with one_collection():
+            for env in self._env:
+                env.close()
 
     def __repr__(self) -> str:
         env = self._env[0]

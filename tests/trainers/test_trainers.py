@@ -393,6 +393,8 @@ class TestRefusals:
     def test_two_courses_of_one_learning_rate(self):
         with pytest.raises(ValueError, match=r"anneal_from=0\.5 and lr_scheduler"):
             Run(anneal_from=0.5, scheduler=halved)
+        with pytest.raises(ValueError, match="adaptive_lr' and lr_scheduler"):
+            Run(target_kl=0.1, kl_rule="adaptive_lr", scheduler=halved)
 
     def test_optimiser_of_other_parameters(self):
         run = Run()

@@ -90,7 +90,7 @@ def make_ppo_trainer(
     Raises:
         TypeError: for arguments that the wiring above sets itself.
         ValueError: if the optimiser does not hold the loss's parameters, or for
-            ``anneal_from`` beside ``lr_scheduler``.
+            ``anneal_from`` or ``kl_rule="adaptive_lr"`` beside ``lr_scheduler``.
 
     Examples:
         >>> import torch
@@ -135,11 +135,17 @@ def make_ppo_trainer(
             f"{sorted(fixed & set(kwargs))} are set by make_ppo_trainer. Build a "
             "PPOTrainer yourself to choose them."
         )
-    if anneal_from is not None and kwargs.get("lr_scheduler") is not None:
-        raise ValueError(
-            f"anneal_from={anneal_from} and lr_scheduler would overwrite each other's "
-            "learning rate: give one of them."
-        )
+    if kwargs.get("lr_scheduler") is not None:
+        rival = None
+        if anneal_from is not None:
+            rival = f"anneal_from={anneal_from}"
+        elif kl_rule == "adaptive_lr" and target_kl is not None:
+            rival = "kl_rule='adaptive_lr'"
+        if rival is not None:
+            raise ValueError(
+                f"{rival} and lr_scheduler would overwrite each other's learning rate: "
+                "give one of them."
+            )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in loss_module.named_parameters() if id(p) not in held]
     if missing:

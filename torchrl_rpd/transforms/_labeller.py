@@ -2,13 +2,13 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Decides which rows get a label, obtains it and writes it beside the observation."""
+"""Decides which rows get a label, and obtains it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -20,20 +20,9 @@ from torchrl_rpd.transforms._deferred import LabelQueue
 from torchrl_rpd.transforms._history import HistoryWindow
 from torchrl_rpd.transforms._labels import LabelRules
 from torchrl_rpd.transforms._query import TeacherQuery
+from torchrl_rpd.transforms._scatter import LabelKeys, scatter_labels, write_nothing
 from torchrl_rpd.transforms._stats import QueryStats
 from torchrl_rpd.transforms._tickets import redeem_tickets, write_tickets
-
-
-class LabelKeys(NamedTuple):
-    """Where labels are written.
-
-    ``std`` is None where no spread is stored, ``ticket`` where nothing is deferred.
-    """
-
-    action: NestedKey
-    mask: NestedKey
-    std: NestedKey | None
-    ticket: NestedKey | None
 
 
 class Shared:
@@ -147,11 +136,6 @@ class Labeller:
         """Whether the teacher's actions are converted to those of the env."""
         return self._rules.action_transform is not None
 
-    @property
-    def _label_keys(self) -> list[NestedKey]:
-        keys = (self._keys.action, self._keys.mask, self._keys.std)
-        return [key for key in keys if key is not None]
-
     # ------------------------------------------------------------------ which rows
     def label_env(
         self,
@@ -184,7 +168,7 @@ class Labeller:
             # Nobody looks: what comes later has a gap here.
             self.shared.finish()
             self._forget()
-            self._write_nothing(tensordict, candidates, box)
+            write_nothing(tensordict, self._keys, candidates, box)
             if self._keys.ticket is not None:
                 write_tickets(tensordict, self._keys.ticket, None, candidates.device)
             return tensordict
@@ -220,10 +204,10 @@ class Labeller:
 
         def work() -> TensorDictBase:
             labelled = self._label(seen, rows, shown, box, fresh)
-            return labelled.select(*self._label_keys).reshape(-1)
+            return labelled.select(*self._keys.of_labels).reshape(-1)
 
         tickets = queue.submit(work, self._fetched, candidates.device)
-        self._write_nothing(tensordict, candidates, box)
+        write_nothing(tensordict, self._keys, candidates, box)
         assert self._keys.ticket is not None
         return write_tickets(tensordict, self._keys.ticket, tickets, candidates.device)
 
@@ -235,7 +219,7 @@ class Labeller:
         """
         assert self.shared.queue is not None and self._keys.ticket is not None
         return redeem_tickets(
-            tensordict, self._keys.ticket, self._label_keys, self.shared.queue
+            tensordict, self._keys.ticket, self._keys.of_labels, self.shared.queue
         )
 
     def _label(
@@ -259,7 +243,7 @@ class Labeller:
             rows = rows[complete]
         rows = self._draw(tensordict, rows)
         if not rows.numel():
-            return self._write_nothing(tensordict, candidates, box)
+            return write_nothing(tensordict, self._keys, candidates, box)
         if self._cache is None:
             action, std = self._fresh_answers(tensordict, rows, history)
             return self._write(tensordict, candidates, rows, action, std, box)
@@ -288,7 +272,7 @@ class Labeller:
         self.shared.finish()
         self.shared.stats.see(candidates)
         if not self.shared.enabled:
-            return self._write_nothing(tensordict, candidates, box)
+            return write_nothing(tensordict, self._keys, candidates, box)
         history = self._resolve_history()
         if history is not None:
             raise ValueError(
@@ -301,7 +285,7 @@ class Labeller:
             )
         rows = self._draw(tensordict, _indices(candidates))
         if not rows.numel():
-            return self._write_nothing(tensordict, candidates, box)
+            return write_nothing(tensordict, self._keys, candidates, box)
         action, std = self._fresh_answers(tensordict, rows, None)
         return self._write(tensordict, candidates, rows, action, std, box)
 
@@ -352,41 +336,10 @@ class Labeller:
         std: torch.Tensor | None,
         box: ActionBox,
     ) -> TensorDictBase:
-        """Scatters the labels of ``rows`` among zeros, ``[*B, F]``."""
-        device, batch_size = candidates.device, tensordict.batch_size
-        name = self._ask.handle.name
+        device, name = candidates.device, self._ask.handle.name
         labels = self._rules(raw.to(device), std, box.to(device), name=name)
         self.shared.stats.emit(labels.usable, labels.clipped, labels.no_op)
-        written = [
-            (self._keys.action, labels.action),
-            (self._keys.mask, labels.usable.unsqueeze(-1)),
-        ]
-        if self._keys.std is not None and labels.std is not None:
-            written.append((self._keys.std, labels.std))
-        for key, values in written:
-            if rows.numel() < batch_size.numel():
-                full = values.new_zeros(batch_size.numel(), values.shape[-1])
-                full[rows.to(device)] = values
-                values = full
-            tensordict.set(key, values.reshape(*batch_size, values.shape[-1]))
-        return tensordict
-
-    def _write_nothing(
-        self, tensordict: TensorDictBase, like: torch.Tensor, box: ActionBox
-    ) -> TensorDictBase:
-        if box.width is None:
-            raise RuntimeError(
-                "No frame is to be labelled, and nothing tells the width of the labels "
-                "that are to be zero: the frames hold no action. Name it with "
-                "action_key=, or give low= or high= with one entry per action "
-                "dimension."
-            )
-        zeros = torch.zeros(*like.shape, box.width, device=like.device)
-        tensordict.set(self._keys.action, zeros)
-        tensordict.set(self._keys.mask, torch.zeros_like(like).unsqueeze(-1))
-        if self._keys.std is not None:
-            tensordict.set(self._keys.std, zeros.clone())
-        return tensordict
+        return scatter_labels(tensordict, self._keys, rows, labels)
 
     # ------------------------------------------------------------------ memory
     def _resolve_history(self) -> HistoryWindow | None:

@@ -18,7 +18,7 @@ from torchrl_rpd.transforms._base import LabellingTransform
 from torchrl_rpd.transforms._box import ActionBox, Bound
 from torchrl_rpd.transforms._fit import check_fit
 from torchrl_rpd.transforms._handle import Teacher, TeacherHandle
-from torchrl_rpd.transforms._labeller import LabelKeys, Labeller
+from torchrl_rpd.transforms._labeller import Labeller
 from torchrl_rpd.transforms._labels import LabelRules
 from torchrl_rpd.transforms._placement import (
     check_placement,
@@ -28,6 +28,7 @@ from torchrl_rpd.transforms._placement import (
     refuse_native_autoreset,
 )
 from torchrl_rpd.transforms._query import TeacherQuery
+from torchrl_rpd.transforms._scatter import LabelKeys
 
 
 class TeacherActionTransform(LabellingTransform):

@@ -115,6 +115,7 @@ class Run:
         config: dict | None = None,
         keep_last: int = 9,
         scheduler: Callable | None = None,
+        kl_rule: str = "adaptive_lr",
         **trainer_kwargs,
     ) -> None:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -157,7 +158,7 @@ class Run:
             minibatch_size=15,
             num_epochs=2,
             target_kl=0.02,
-            kl_rule="adaptive_lr",
+            kl_rule=kl_rule,
             progress_bar=False,
             **trainer_kwargs,
         )

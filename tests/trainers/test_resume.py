@@ -52,7 +52,10 @@ VARIANTS = {
     # Off after the first batch: it must not be asked again after the new start.
     "teacher_switched_off": {"coeff_frames": 40},
     # As preset=pixels: the rate of the second half is another.
-    "lr_scheduler": {"scheduler": partial(MultiStepLR, milestones=[1, 3], gamma=0.1)},
+    "lr_scheduler": {
+        "scheduler": partial(MultiStepLR, milestones=[1, 3], gamma=0.1),
+        "kl_rule": "stop",
+    },
     # Without streams the environment is given a new seed at each checkpoint.
     "no_streams": {"env": ReachEnv},
 }
